@@ -1,0 +1,167 @@
+"""What the HTTP API asks of the appliance. `appliance.py` answers; tests answer with fakes.
+
+These protocols keep aiohttp away from the engine and SQL away from the routes. Every method raises only
+`HarliError`s for things a person can cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from harli_appliance.schema import JobStatus, ModelView, PolicyChange, Status, Timeline
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCall:
+    """A validated chat completion request.
+
+    `messages` hold at least ``role`` and ``content`` (a string). `max_tokens` None means as long as the
+    context allows. Sampling values are already range-checked.
+    """
+
+    model: str
+    messages: Sequence[Mapping[str, str]]
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Text of one or more new tokens; the last one carries the finish reason."""
+
+    text: str
+    tokens: int
+    finish_reason: FinishReason | None = None
+
+
+class Generation(Protocol):
+    """One running answer. Iterate it to the end, or `abort` it (idempotent, also after the end)."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens taken from the prefix cache; known once the first delta arrived."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[TextDelta]: ...
+    def abort(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    id: str
+    filename: str
+    purpose: str
+    bytes: int
+    created_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What a person asks for. None means the appliance's default, stored with the job when it is created."""
+
+    model: str
+    training_file: str
+    suffix: str | None = None
+    seed: int | None = None
+    n_epochs: int | None = None
+    batch_size: int | None = None
+    """Examples of one optimizer step."""
+    learning_rate: float | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A finetuning job as kept in the database; every hyperparameter is resolved."""
+
+    id: str
+    status: JobStatus
+    model: str
+    training_file: str
+    created_at: int
+    seed: int
+    n_epochs: int
+    batch_size: int
+    learning_rate: float
+    lora_rank: int
+    lora_alpha: float
+    suffix: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    started_at: int | None = None
+    finished_at: int | None = None
+    fine_tuned_model: str | None = None
+    step: int = 0
+    total_steps: int = 0
+    trained_tokens: int = 0
+    loss: float | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    id: str
+    job_id: str
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    data: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+class Serving(Protocol):
+    def models(self) -> list[ModelView]: ...
+    async def chat(self, call: ChatCall) -> Generation: ...
+
+
+class FineTuning(Protocol):
+    """Lists are newest first; `after` is the id of the last item already seen."""
+
+    async def create_file(self, path: Path, filename: str, purpose: str) -> StoredFile:
+        """Validate the upload that lies at `path` and take it over (the caller deletes nothing on success)."""
+        ...
+
+    async def files(self) -> list[StoredFile]: ...
+    async def file(self, file_id: str) -> StoredFile: ...
+    async def file_path(self, file_id: str) -> Path: ...
+    async def delete_file(self, file_id: str) -> None: ...
+    async def create_job(self, spec: JobSpec) -> Job: ...
+    async def jobs(self, limit: int = 20, after: str | None = None) -> tuple[list[Job], bool]:
+        """Jobs and whether there are more."""
+        ...
+
+    async def job(self, job_id: str) -> Job: ...
+    async def events(
+        self, job_id: str, limit: int = 20, after: str | None = None
+    ) -> tuple[list[JobEvent], bool]: ...
+    async def cancel_job(self, job_id: str) -> Job: ...
+
+
+class Operations(Protocol):
+    def ready(self) -> bool:
+        """Whether requests are served now."""
+        ...
+
+    async def status(self) -> Status: ...
+    def timeline(self, since: int) -> Timeline: ...
+    async def change_policy(self, change: PolicyChange) -> Status: ...
+
+
+class AppliancePort(Serving, FineTuning, Operations, Protocol):
+    """Everything the API needs."""

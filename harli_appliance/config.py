@@ -1,0 +1,232 @@
+"""Settings: one typed tree from flags, environment, ``harli.toml`` and defaults, in that order.
+
+Knows where settings come from and what they mean. Does not know torch, HTTP or SQL. An unknown key is
+refused with the nearest valid name; every setting carries the sentence shown in the reference.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from harli_appliance.errors import ConfigError
+
+PolicyName = Literal["serve_only", "train_only", "time_slice", "spatial"]
+
+CONFIG_FILE = "harli.toml"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ServerSettings(Section):
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8321, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    api_key: SecretStr | None = Field(
+        None, description="When set, every request must carry it as a bearer token."
+    )
+    max_queued_requests: int = Field(
+        256, ge=1, description="Requests waiting beyond this are answered 429."
+    )
+    max_upload_mib: int = Field(512, ge=1, description="Largest file that can be uploaded, in MiB.")
+
+
+class ModelSettings(Section):
+    path: str = Field(
+        "smollm2-135m-instruct",
+        description="A Hugging Face folder, or the name of a model that `harli models` lists.",
+    )
+    served_name: str | None = Field(
+        None, description="Name in the API; the folder's name when not set."
+    )
+    context_length: int | None = Field(
+        None, ge=16, description="Longest prompt plus answer in tokens; the model's own when not set."
+    )
+    chunked_prefill_tokens: int = Field(
+        128, ge=16, description="A prompt is processed at most this many tokens a step."
+    )
+    max_running_requests: int = Field(32, ge=1, description="Requests decoded together at most.")
+
+
+class SloSettings(Section):
+    tpot_ms: float = Field(
+        250.0, gt=0, description="Promised time per output token of a request, in milliseconds."
+    )
+    ttft_ms: float = Field(
+        10_000.0, gt=0, description="Promised time to the first token, in milliseconds."
+    )
+
+
+class SchedulingSettings(Section):
+    policy: PolicyName = Field("spatial", description="How serving and training share the device.")
+    bound_quantile: float = Field(
+        0.99, gt=0.5, lt=1.0, description="Share of steps that must stay under the predicted bound."
+    )
+
+
+class MemorySettings(Section):
+    pool_slots: int = Field(
+        16_384, ge=256, description="KV-cache slots (tokens) that serving and training share."
+    )
+    watermark: float = Field(
+        0.1, ge=0.0, lt=1.0, description="Share of the pool that training never leases."
+    )
+
+
+class TrainingSettings(Section):
+    enabled: bool = Field(True, description="Whether jobs are run at all.")
+    max_lora_rank: int = Field(16, ge=1, le=256, description="Largest LoRA rank that can be served.")
+    max_adapters: int = Field(4, ge=1, le=64, description="Adapters that one batch can mix.")
+    window_tokens: int = Field(
+        128, ge=8, description="Tokens of one work unit: smaller yields sooner, larger is faster."
+    )
+    sequence_tokens: int = Field(
+        512, ge=16, description="Tokens of one micro-batch; short examples are packed up to this."
+    )
+    checkpoint_every_steps: int = Field(
+        10, ge=1, description="Optimizer steps between two checkpoints of a running job."
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept for a job.")
+
+
+class DeviceSettings(Section):
+    kind: Literal["auto", "cpu", "cuda"] = Field("auto", description="What to compute on.")
+    inference_cores: tuple[int, ...] | None = Field(
+        None, description="CPU cores of the inference lane; half of the allowed ones when not set."
+    )
+    training_cores: tuple[int, ...] | None = Field(
+        None, description="CPU cores of the training lane; the other half when not set."
+    )
+
+
+class LoggingSettings(Section):
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level shown.")
+    json_lines: bool = Field(False, description="Write logs as JSON lines.")
+
+
+def default_home() -> Path:
+    """``HARLI_HOME``, or the user's data folder (XDG)."""
+    if home := os.environ.get("HARLI_HOME"):
+        return Path(home).expanduser()
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(data).expanduser() / "harli"
+
+
+class Settings(BaseSettings):
+    """The whole tree. Build it with `load_settings`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="HARLI_", env_nested_delimiter="__", extra="forbid", frozen=True
+    )
+
+    home: Path = Field(
+        default_factory=default_home,
+        description="Everything the appliance keeps: database, files, adapters, converted models.",
+    )
+    server: ServerSettings = ServerSettings()
+    model: ModelSettings = ModelSettings()
+    slo: SloSettings = SloSettings()
+    scheduling: SchedulingSettings = SchedulingSettings()
+    memory: MemorySettings = MemorySettings()
+    training: TrainingSettings = TrainingSettings()
+    device: DeviceSettings = DeviceSettings()
+    logging: LoggingSettings = LoggingSettings()
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        return home.expanduser().absolute()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
+
+    # -- where things are kept -------------------------------------------------------------------
+
+    @property
+    def database(self) -> Path:
+        return self.home / "harli.db"
+
+    @property
+    def files(self) -> Path:
+        return self.home / "files"
+
+    @property
+    def adapters(self) -> Path:
+        return self.home / "adapters"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.home / "checkpoints"
+
+    @property
+    def models(self) -> Path:
+        return self.home / "models"
+
+
+def load_settings(config: Path | None = None, **flags: Any) -> Settings:
+    """Read the settings.
+
+    Args:
+        config: a TOML file; when None, ``harli.toml`` of the working directory if there is one.
+        flags: nested overrides, e.g. ``server={"port": 0}``; they win over everything.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value is wrong; one line that says what to do.
+    """
+    path = config or Path(CONFIG_FILE)
+    if config is not None and not config.is_file():
+        raise ConfigError(f"{config}: no such file; write one or leave --config out", param="config")
+
+    class FileSettings(Settings):
+        model_config = SettingsConfigDict(**{**Settings.model_config, "toml_file": path})
+
+    try:
+        return FileSettings(**flags)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(_explain(error, path)) from error
+
+
+def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+    """Dotted names of every setting, e.g. ``server.port``."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            names += setting_names(kind, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    source = f"{path}: " if path.is_file() else ""
+    if first["type"] == "extra_forbidden":
+        names = setting_names()
+        near = difflib.get_close_matches(key, names + [n.split(".")[0] for n in names], n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else "docs/configuration.md lists the valid ones"
+        return f"{source}unknown setting '{key}': {hint}"
+    return f"{source}setting '{key}' is wrong: {first['msg']} (got {first['input']!r})"

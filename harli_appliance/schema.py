@@ -1,0 +1,162 @@
+"""What the appliance says about itself on ``/harli/v1``: the wire types shared with CLI, dashboard and demo.
+
+Plain pydantic models. Knows neither torch nor aiohttp, so that a client can import it quickly.
+Times are seconds since the epoch unless a name ends in ``_ms`` or ``_s``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Mode = Literal["idle", "pause", "time_slice", "partition", "training"]
+"""What a tick does: nothing; serve while training waits; alternate; both lanes at once; train only."""
+
+JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Percentiles(Wire):
+    """Milliseconds over the recent window (last 512 samples); None until there is one."""
+
+    p50: float | None = None
+    p99: float | None = None
+    last: float | None = None
+
+
+class SloView(Wire):
+    tpot_ms: float
+    ttft_ms: float
+    attainment: float | None = None
+    """Share of finished requests of the recent window (last 512) that met both targets."""
+
+
+class ServingView(Wire):
+    running: int
+    waiting: int
+    requests: int
+    failed: int
+    tpot_ms: Percentiles
+    """Per request: (last token - first token) / (tokens - 1)."""
+    itl_ms: Percentiles
+    """Each gap between two tokens of a request."""
+    ttft_ms: Percentiles
+    output_tokens: int
+    output_tokens_per_s: float
+    """Over the last 10 seconds."""
+
+
+class TrainingView(Wire):
+    tokens: int
+    """Tokens whose backward pass is done, since start."""
+    tokens_per_s: float
+    """Over the last 10 seconds."""
+    job: str | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    loss: float | None = None
+    dropped_micro_batches: int = 0
+
+
+class PartitionView(Wire):
+    inference: str
+    training: str
+    inference_share: float
+
+
+class PoolView(Wire):
+    """Slots by owner; free + serving + cached + leased = slots."""
+
+    slots: int
+    free: int
+    serving: int
+    cached: int
+    leased: int
+    leased_max: int
+    reclaims: int
+
+
+class PredictorView(Wire):
+    samples: int
+    median_error: float | None = None
+    """Median of |predicted - measured| / measured over recent steps."""
+    above_bound: float | None = None
+    """Share of recent steps that took longer than the bound."""
+
+
+class JobView(Wire):
+    id: str
+    status: JobStatus
+    model: str
+    fine_tuned_model: str | None = None
+    step: int = 0
+    total_steps: int = 0
+    loss: float | None = None
+    created_at: int
+    error: str | None = None
+
+
+class ModelView(Wire):
+    id: str
+    kind: Literal["base", "adapter"]
+    parent: str | None = None
+    job: str | None = None
+
+
+class Status(Wire):
+    version: str
+    state: Literal["starting", "ready", "degraded", "stopping"]
+    uptime_s: float
+    model: str
+    device: str
+    policy: str
+    mode: Mode
+    reason: str
+    """Why the scheduler decided as it did in the last tick, one short code."""
+    slo: SloView
+    serving: ServingView
+    training: TrainingView
+    partition: PartitionView
+    pool: PoolView
+    predictor: PredictorView
+    jobs: list[JobView]
+    """Active ones first, then the most recent, ten at most."""
+    models: list[ModelView]
+
+
+class Sample(Wire):
+    """One point of the timeline, taken every 250 ms while anything runs."""
+
+    seq: int
+    t: float
+    mode: Mode
+    running: int
+    step_ms: float | None
+    """Median serving step since the previous sample."""
+    tpot_ms: float | None
+    """Median inter-token latency since the previous sample."""
+    output_tokens: int
+    """Tokens served since the previous sample."""
+    training_tokens: int
+    """Tokens trained since the previous sample."""
+    loss: float | None
+    """Loss of an optimizer step that ended since the previous sample."""
+    pool: PoolView
+
+
+class Timeline(Wire):
+    samples: list[Sample]
+    next: int
+    """Pass as ``since`` to get only newer samples."""
+
+
+class PolicyChange(Wire):
+    """Body of ``POST /harli/v1/policy``; fields left out stay as they are."""
+
+    policy: Literal["serve_only", "train_only", "time_slice", "spatial"] | None = None
+    slo_tpot_ms: float | None = None
+    slo_ttft_ms: float | None = None
