@@ -1,0 +1,109 @@
+"""What the engine and a decode runtime say to each other. Plain data: no torch, no SGLang.
+
+Every method of a runtime is called on the thread of the inference lane, one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn; the defaults are greedy decoding to the end of `max_tokens`."""
+
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A request as the runtime takes it. `adapter` is an id given to `load_adapter`, None for the base."""
+
+    id: str
+    prompt: Sequence[int]
+    sampling: Sampling
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The batch that the runtime wants to run next.
+
+    Attributes:
+        kind: ``prefill`` (a chunk of one or more prompts) or ``decode`` (one token for each request).
+        requests: ids in the batch.
+        prefill_tokens: prompt tokens computed in this step (0 for decode).
+        context_tokens: KV rows read by attention, summed over the batch.
+        handle: the runtime's own object for `launch`.
+    """
+
+    kind: Literal["prefill", "decode"]
+    requests: tuple[str, ...]
+    prefill_tokens: int
+    context_tokens: int
+    handle: object = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """What a step brought one request; `finish` is set on its last."""
+
+    request: str
+    tokens: tuple[int, ...]
+    finish: FinishReason | None = None
+    error: str | None = None
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """Result of a step: wall seconds on the lane, and the tokens it produced."""
+
+    seconds: float
+    tokens: tuple[NewTokens, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QueueDepth:
+    running: int
+    waiting: int
+
+
+class Runtime(Protocol):
+    """A decode engine stepped from outside."""
+
+    @property
+    def context_length(self) -> int:
+        """Longest prompt plus answer, in tokens."""
+        ...
+
+    def submit(self, submission: Submission) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def plan(self) -> StepPlan | None:
+        """The next step, None when there is nothing to do; allocates the step's KV slots."""
+        ...
+
+    def execute(self, plan: StepPlan) -> StepOutcome: ...
+    def drain(self) -> tuple[NewTokens, ...]:
+        """Ends that came about outside of a step (aborted while queued, refused)."""
+        ...
+
+    def depth(self) -> QueueDepth: ...
+    def load_adapter(self, adapter_id: str, name: str, path: str) -> None:
+        """Raises `UsageError` when the adapter's files, rank or targets do not fit."""
+        ...
+
+    def unload_adapter(self, adapter_id: str, name: str) -> None: ...

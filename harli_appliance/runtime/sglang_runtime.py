@@ -1,0 +1,324 @@
+"""SGLang's scheduler, in this process and stepped by hand.
+
+Everything that touches SGLang's internals is in this package, written against one version (`SGLANG`). Knows
+SGLang; does not know training, HTTP or policies. All methods, the constructor too, run on the thread of the
+inference lane.
+
+A step is SGLang's own loop body taken apart (``Scheduler.event_loop_normal``): `plan` is
+``get_next_batch_to_run``, `execute` is ``run_batch`` and ``process_batch_result``. Tokens are read from the
+requests themselves, so the detokenizer process and its sockets are not needed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harli_appliance.errors import ApplianceUnavailable, UsageError
+from harli_appliance.runtime import cpu_stand_ins
+from harli_appliance.runtime.protocol import (
+    FinishReason,
+    NewTokens,
+    QueueDepth,
+    StepOutcome,
+    StepPlan,
+    Submission,
+)
+
+cpu_stand_ins.install()
+
+from sglang.srt.entrypoints.engine import _set_envs_and_config  # noqa: E402
+from sglang.srt.managers.io_struct import (  # noqa: E402
+    AbortReq,
+    LoadLoRAAdapterReqInput,
+    TokenizedGenerateReqInput,
+    UnloadLoRAAdapterReqInput,
+)
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH  # noqa: E402
+from sglang.srt.managers.scheduler import Scheduler  # noqa: E402
+from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank  # noqa: E402
+from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
+from sglang.srt.server_args import PortArgs, ServerArgs  # noqa: E402
+
+SGLANG = "0.5.21"
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeOptions:
+    """What the runtime is started with; sizes in tokens."""
+
+    model: Path
+    device: str = "cpu"
+    pool_slots: int = 8192
+    context_length: int | None = None
+    max_running_requests: int = 32
+    chunked_prefill_tokens: int = 128
+    max_lora_rank: int = 16
+    max_adapters: int = 4
+    lora: bool = True
+    seed: int = 0
+
+
+class _Sink:
+    """Takes the place of SGLang's sockets to the tokenizer and detokenizer processes."""
+
+    socket = None
+
+    def __init__(self) -> None:
+        self.messages: list[Any] = []
+
+    def send_output(self, output: Any, request: Any = None) -> None:
+        self.messages.append(output)
+
+
+class _Discard(_Sink):
+    def send_output(self, output: Any, request: Any = None) -> None:
+        """Token batches are read from the requests; the message itself is not needed."""
+
+
+@dataclass(slots=True)
+class _Live:
+    request: Any  # sglang Req
+    sent: int = 0
+
+
+class SglangRuntime:
+    """One SGLang scheduler with the model's weights and KV cache."""
+
+    def __init__(self, options: RuntimeOptions) -> None:
+        self._check_version()
+        arguments = ServerArgs(**_server_arguments(options))
+        arguments.resolve_once()
+        _set_envs_and_config(arguments)
+        ports = PortArgs.init_new(arguments)
+        rank = spawn_world_rank(arguments, tp_rank=0, pp_rank=0)
+        publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=0))
+        if options.lora and options.device == "cpu":
+            cpu_stand_ins.unpin_lora()
+            import harli_appliance.runtime.lora_cpu  # noqa: F401  registers the backend
+        self._scheduler = Scheduler(arguments, ports)
+        self._ends = _Sink()
+        self._replace_sockets()
+        self._live: dict[str, _Live] = {}
+        self._options = options
+
+    @staticmethod
+    def _check_version() -> None:
+        installed = importlib.metadata.version("sglang")
+        if installed != SGLANG:
+            raise ApplianceUnavailable(
+                f"SGLang {installed} is installed, but this appliance steps the internals of {SGLANG}; "
+                f"run 'make setup', or pip install --no-deps sglang=={SGLANG}"
+            )
+
+    def _replace_sockets(self) -> None:
+        # These dataclasses are frozen; their sockets were opened a moment ago and nobody listens.
+        for owner, name, sink in (
+            (self._scheduler.output_streamer, "send_to_detokenizer", _Discard()),
+            (self._scheduler.ipc_channels, "send_to_detokenizer", _Discard()),
+            (self._scheduler.ipc_channels, "send_to_tokenizer", self._ends),
+        ):
+            object.__setattr__(owner, name, sink)
+
+    # -- what others may see of SGLang ---------------------------------------------------------------
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """SGLang's module tree with the fused weights."""
+        module: torch.nn.Module = self._scheduler.tp_worker.model_runner.model
+        return module
+
+    @property
+    def scheduler(self) -> Any:
+        """SGLang's scheduler, for the KV pool (`harli_appliance.runtime.kv`)."""
+        return self._scheduler
+
+    @property
+    def context_length(self) -> int:
+        # SGLang keeps one slot for a dummy token and cuts requests one token short of its limit.
+        return int(self._scheduler.max_req_len) - 1
+
+    # -- requests ------------------------------------------------------------------------------------
+
+    def submit(self, submission: Submission) -> None:
+        """Put a request in SGLang's queue. The prompt must already fit `context_length`."""
+        request = TokenizedGenerateReqInput(
+            rid=submission.id,
+            input_text=None,
+            input_ids=array("q", submission.prompt),
+            input_embeds=None,
+            mm_inputs=None,
+            token_type_ids=None,
+            sampling_params=self._sampling(submission),
+            return_logprob=False,
+            logprob_start_len=-1,
+            top_logprobs_num=0,
+            token_ids_logprob=None,
+            stream=True,
+            lora_id=submission.adapter,
+        )
+        self._scheduler.process_input_requests([request])
+        for queued in reversed(self._scheduler.waiting_queue):
+            if queued.rid == submission.id:
+                self._live[submission.id] = _Live(queued)
+                return
+
+    def _sampling(self, submission: Submission) -> Any:
+        wanted = submission.sampling
+        parameters = SamplingParams(
+            max_new_tokens=wanted.max_tokens,
+            temperature=wanted.temperature,
+            top_p=wanted.top_p,
+            top_k=wanted.top_k,
+            min_p=wanted.min_p,
+            frequency_penalty=wanted.frequency_penalty,
+            presence_penalty=wanted.presence_penalty,
+            sampling_seed=wanted.seed,
+            stop=list(wanted.stop) or None,
+            ignore_eos=wanted.ignore_eos,
+        )
+        parameters.normalize(self._scheduler.tokenizer)
+        return parameters
+
+    def abort(self, request_id: str) -> None:
+        """End a request wherever it is; its slots are free after the next step."""
+        self._scheduler.abort_request(AbortReq(rid=request_id))
+
+    def drain(self) -> tuple[NewTokens, ...]:
+        ended = []
+        for message in self._ends.messages:
+            if isinstance(message, AbortReq) and self._live.pop(message.rid, None) is not None:
+                reason = (message.finished_reason or {}).get("message") or "aborted"
+                ended.append(NewTokens(message.rid, (), "abort", error=str(reason)))
+        self._ends.messages.clear()
+        return tuple(ended)
+
+    def depth(self) -> QueueDepth:
+        running = len(self._scheduler.running_batch.reqs) + (self._scheduler.chunked_req is not None)
+        return QueueDepth(running=running, waiting=len(self._scheduler.waiting_queue))
+
+    # -- stepping ------------------------------------------------------------------------------------
+
+    def plan(self) -> StepPlan | None:
+        scheduler = self._scheduler
+        with torch.inference_mode():
+            following = scheduler.get_next_batch_to_run(
+                running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
+            )
+        scheduler.running_batch = following.running_batch
+        batch = following.batch_to_run
+        scheduler.cur_batch_for_debug = batch
+        if batch is None:
+            with torch.inference_mode():
+                scheduler.on_idle()  # includes SGLang's own check that no slot leaked
+            scheduler.last_batch = None
+            return None
+        prefill = batch.forward_mode.is_extend()
+        return StepPlan(
+            kind="prefill" if prefill else "decode",
+            requests=tuple(request.rid for request in batch.reqs),
+            prefill_tokens=int(batch.extend_num_tokens or 0) if prefill else 0,
+            context_tokens=int(batch.seq_lens_cpu.sum()),
+            handle=batch,
+        )
+
+    def execute(self, plan: StepPlan) -> StepOutcome:
+        """Run the planned batch and collect its tokens."""
+        batch: Any = plan.handle
+        started = time.perf_counter()
+        with torch.inference_mode():
+            result = self._scheduler.run_batch(batch)
+            self._scheduler.process_batch_result(batch, result)
+        self._scheduler.last_batch = batch
+        seconds = time.perf_counter() - started
+        return StepOutcome(seconds=seconds, tokens=tuple(self._new_tokens(plan.requests)))
+
+    def _new_tokens(self, requests: Sequence[str]) -> Iterable[NewTokens]:
+        for request_id in requests:
+            live = self._live.get(request_id)
+            if live is None:
+                continue
+            request = live.request
+            produced = request.output_ids_through_stop
+            tokens = tuple(produced[live.sent :])
+            finish = _finish(request)
+            if not tokens and finish is None:
+                continue  # a middle chunk of a long prompt
+            live.sent = len(produced)
+            if finish is not None:
+                del self._live[request_id]
+            yield NewTokens(
+                request_id,
+                tokens,
+                finish,
+                error=request.finished_reason.message if finish == "abort" else None,
+                cached_tokens=int(request.cached_tokens),
+            )
+
+    # -- adapters ------------------------------------------------------------------------------------
+
+    def load_adapter(self, adapter_id: str, name: str, path: str) -> None:
+        result = self._scheduler.load_lora_adapter(
+            LoadLoRAAdapterReqInput(lora_name=name, lora_path=path, lora_id=adapter_id)
+        )
+        if not result.success:
+            raise UsageError(f"adapter {name!r} cannot be served: {result.error_message}", param="model")
+
+    def unload_adapter(self, adapter_id: str, name: str) -> None:
+        result = self._scheduler.unload_lora_adapter(
+            UnloadLoRAAdapterReqInput(lora_name=name, lora_id=adapter_id)
+        )
+        if not result.success:
+            raise UsageError(f"adapter {name!r} cannot be unloaded: {result.error_message}", param="model")
+
+
+def _finish(request: Any) -> FinishReason | None:
+    if not request.finished():
+        return None
+    reason = request.finished_reason
+    if isinstance(reason, FINISH_ABORT):
+        return "abort"
+    return "length" if isinstance(reason, FINISH_LENGTH) else "stop"
+
+
+def _server_arguments(options: RuntimeOptions) -> dict[str, Any]:
+    cpu = options.device == "cpu"
+    arguments: dict[str, Any] = {
+        "model_path": str(options.model),
+        "device": options.device,
+        "dtype": "float32" if cpu else "bfloat16",
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "disable_overlap_schedule": True,  # a step must be over when `execute` returns
+        "max_total_tokens": options.pool_slots,
+        "max_running_requests": options.max_running_requests,
+        "chunked_prefill_size": options.chunked_prefill_tokens,
+        "context_length": options.context_length,
+        "random_seed": options.seed,
+        "skip_server_warmup": True,
+        "watchdog_timeout": 1e9,
+        "log_level": "warning",
+    }
+    if cpu:
+        arguments |= {
+            "attention_backend": "torch_native",
+            "disable_cuda_graph": True,
+            "mem_fraction_static": 0.1,  # the pool is sized by max_total_tokens
+        }
+    if options.lora:
+        arguments |= {
+            "enable_lora": True,
+            "lora_backend": "harli_cpu" if cpu else "triton",
+            "max_lora_rank": options.max_lora_rank,
+            "max_loras_per_batch": options.max_adapters + 1,  # the base counts as one
+            "lora_target_modules": list(LORA_TARGETS),
+        }
+    return arguments
