@@ -1,0 +1,159 @@
+"""Rows of finetuning jobs and their events, and the only legal moves between a job's states.
+
+    queued -> running -> succeeded | failed | cancelled
+    queued -> cancelled             running -> queued (the appliance was started again)
+
+Functions here run inside `Database.run`, so a move and the event that tells of it are one transaction.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any, Literal
+
+from sqlite_utils import Database
+
+from harli_appliance.api.ports import Job, JobEvent
+from harli_appliance.errors import Conflict, NotFound
+from harli_appliance.schema import JobStatus
+from harli_appliance.store.ids import new_id
+from harli_appliance.store.pages import page
+
+Level = Literal["info", "warn", "error"]
+EventData = Mapping[str, float | int | str]
+
+MOVES: Mapping[JobStatus, frozenset[JobStatus]] = {
+    "queued": frozenset({"running", "cancelled"}),
+    "running": frozenset({"queued", "succeeded", "failed", "cancelled"}),
+    "succeeded": frozenset(),
+    "failed": frozenset(),
+    "cancelled": frozenset(),
+}
+
+_COLUMNS = tuple(field.name for field in fields(Job))
+
+
+def insert_job(db: Database, job: Job) -> Job:
+    db["jobs"].insert({**asdict(job), "metadata": json.dumps(dict(job.metadata))})
+    return get_job(db, job.id)
+
+
+def get_job(db: Database, job_id: str) -> Job:
+    """One job.
+
+    Raises:
+        NotFound: there is none.
+    """
+    return _job(_row(db, job_id))
+
+
+def list_jobs(db: Database, limit: int, after: str | None) -> tuple[list[Job], bool]:
+    rows, more = page(db, "jobs", limit, after)
+    return [_job(row) for row in rows], more
+
+
+def jobs_in(db: Database, status: JobStatus) -> list[Job]:
+    """Jobs of one state, the longest waiting first."""
+    return [_job(row) for row in db["jobs"].rows_where("status = ?", [status], order_by="created_at, seq")]
+
+
+def oldest_queued(db: Database) -> Job | None:
+    rows = db["jobs"].rows_where("status = 'queued'", order_by="created_at, seq", limit=1)
+    return next((_job(row) for row in rows), None)
+
+
+def move_job(db: Database, job_id: str, status: JobStatus, **changes: object) -> Job:
+    """Take a job to another state, with its clock, and `changes` of other columns.
+
+    Raises:
+        NotFound: there is no such job.
+        Conflict: the job cannot go there from where it is.
+    """
+    job = get_job(db, job_id)
+    if status not in MOVES[job.status]:
+        raise Conflict(f"job '{job_id}' is {job.status}; it cannot become {status}", code="job_state")
+    now = int(time.time())
+    if status == "running" and job.started_at is None:
+        changes["started_at"] = now
+    if not MOVES[status]:
+        changes["finished_at"] = now
+    if status != "cancelled":
+        changes["cancel_requested"] = 0
+    _update(db, job_id, status=status, **changes)
+    return get_job(db, job_id)
+
+
+def update_running(db: Database, job_id: str, **changes: object) -> Job:
+    """Change columns of a job that runs.
+
+    Raises:
+        Conflict: it does not run.
+    """
+    job = get_job(db, job_id)
+    if job.status != "running":
+        raise Conflict(f"job '{job_id}' is {job.status}, not running", code="job_state")
+    _update(db, job_id, **changes)
+    return get_job(db, job_id)
+
+
+def cancel_requested(db: Database, job_id: str) -> bool:
+    return bool(_row(db, job_id)["cancel_requested"])
+
+
+def add_event(
+    db: Database, job_id: str, level: Level, message: str, data: EventData | None = None
+) -> JobEvent:
+    """Tell of something in a job's life.
+
+    Raises:
+        NotFound: there is no such job.
+    """
+    get_job(db, job_id)
+    event = JobEvent(
+        id=new_id("ftevent"),
+        job_id=job_id,
+        created_at=int(time.time()),
+        level=level,
+        message=message,
+        data=dict(data or {}),
+    )
+    db["job_events"].insert({**asdict(event), "data": json.dumps(event.data, allow_nan=False)})
+    return event
+
+
+def list_events(db: Database, job_id: str, limit: int, after: str | None) -> tuple[list[JobEvent], bool]:
+    get_job(db, job_id)
+    rows, more = page(db, "job_events", limit, after, "job_id = ?", [job_id])
+    return [_event(row) for row in rows], more
+
+
+def _row(db: Database, job_id: str) -> dict[str, Any]:
+    row: dict[str, Any] | None = next(db["jobs"].rows_where("id = ?", [job_id]), None)
+    if row is None:
+        raise NotFound(f"no job '{job_id}'; list the jobs to see their ids", code="job_not_found")
+    return row
+
+
+def _update(db: Database, job_id: str, **changes: object) -> None:
+    assignments = ", ".join(f"{column} = :{column}" for column in changes)
+    # The columns are this module's own words; every value is bound.
+    db.execute(f"UPDATE jobs SET {assignments} WHERE id = :job_id", {**changes, "job_id": job_id})  # noqa: S608
+
+
+def _job(row: Mapping[str, Any]) -> Job:
+    values = {column: row[column] for column in _COLUMNS}
+    return Job(**{**values, "metadata": json.loads(row["metadata"])})
+
+
+def _event(row: Mapping[str, Any]) -> JobEvent:
+    return JobEvent(
+        id=row["id"],
+        job_id=row["job_id"],
+        created_at=row["created_at"],
+        level=row["level"],
+        message=row["message"],
+        data=json.loads(row["data"]),
+    )
