@@ -1,0 +1,69 @@
+"""Tensors that live in leased rows of the KV buffers, reached by index.
+
+A slot has one row of width kv_heads x head_dim in every K and every V buffer. A `RowBlock` is a logical matrix
+[rows, width] laid over the rows that some slots have in some buffers, in buffer-major order: row r lies in
+buffer r // slots at slot r % slots. Any slots will do, so there is no fragmentation and nothing is remapped.
+Reads copy into fresh workspace; writes scatter. Knows buffers and indices, not what the rows mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+
+class RowBlock:
+    """A matrix of `rows` x `width` over leased rows.
+
+    Args:
+        buffers: tensors of shape [all slots, width].
+        slots: int64 of shape [n]; the same slots are used in every buffer.
+    """
+
+    def __init__(self, buffers: Sequence[Tensor], slots: Tensor) -> None:
+        self._buffers = tuple(buffers)
+        self._slots = slots
+        self._per_buffer = len(slots)
+
+    @property
+    def rows(self) -> int:
+        return self._per_buffer * len(self._buffers)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) as a new tensor of shape [stop - start, width]."""
+        pieces = [buffer.index_select(0, slots) for buffer, slots, _ in self._pieces(start, stop)]
+        if len(pieces) == 1:
+            return pieces[0]
+        width = self._buffers[0].shape[1]
+        whole = self._buffers[0].new_empty(stop - start, width)
+        offset = 0
+        for piece in pieces:
+            whole[offset : offset + len(piece)] = piece
+            offset += len(piece)
+        return whole
+
+    def write(self, start: int, values: Tensor) -> None:
+        """Store `values` of shape [n, width] in rows [start, start + n)."""
+        for buffer, slots, offset in self._pieces(start, start + len(values)):
+            buffer.index_copy_(0, slots, values[offset : offset + len(slots)])
+
+    def add(self, start: int, values: Tensor) -> None:
+        """Add `values` of shape [n, width] to rows [start, start + n)."""
+        for buffer, slots, offset in self._pieces(start, start + len(values)):
+            buffer.index_add_(0, slots, values[offset : offset + len(slots)])
+
+    def zero(self, start: int, stop: int) -> None:
+        for buffer, slots, _ in self._pieces(start, stop):
+            buffer.index_fill_(0, slots, 0.0)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """(buffer, slots, offset in the request) for each buffer that rows [start, stop) touch."""
+        if not 0 <= start <= stop <= self.rows:
+            raise IndexError(f"rows [{start}, {stop}) of a block of {self.rows}")
+        row = start
+        while row < stop:
+            buffer, first = divmod(row, self._per_buffer)
+            count = min(stop - row, self._per_buffer - first)
+            yield self._buffers[buffer], self._slots[first : first + count], row - start
+            row += count

@@ -1,0 +1,100 @@
+"""Between text and tokens: the model's chat template, its tokenizer, and decoding token by token.
+
+Knows transformers' tokenizers; does not know SGLang or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer
+
+from harli_appliance.errors import UsageError
+
+
+class TextCodec:
+    """Encodes conversations and makes `Decoder`s, for the model in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        if not self._tokenizer.chat_template:
+            raise UsageError(
+                f"{folder} has no chat template in its tokenizer_config.json; use an instruct model",
+                param="model",
+            )
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation in the model's chat format.
+
+        Args:
+            generation_prompt: whether the opening of an assistant turn is appended.
+
+        Raises:
+            UsageError: the template refuses the conversation (roles in an order it does not know, say).
+        """
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+            )
+        except jinja2.TemplateError as error:
+            raise UsageError(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def count_tokens(self, messages: Sequence[Mapping[str, str]]) -> int:
+        return len(self.encode_chat(messages, generation_prompt=False))
+
+    def decoder(self, stop: Sequence[str] = ()) -> Decoder:
+        return Decoder(self._tokenizer.backend_tokenizer, stop)
+
+
+class Decoder:
+    """Turns one answer's tokens into text as they come.
+
+    Never emits part of a UTF-8 character, nor a stop string or the beginning of one.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = tuple(stop)
+        self._held = ""
+        self._stopped = False
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Text that is certain after these tokens; may be empty."""
+        if self._stopped:
+            return ""
+        for token in tokens:
+            self._held += self._stream.step(self._tokenizer, token) or ""
+        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self._stopped = True
+            return self._take(min(found))
+        return self._take(len(self._held) - self._undecided())
+
+    def finish(self) -> str:
+        """What was held back, at the end of the answer."""
+        return "" if self._stopped else self._take(len(self._held))
+
+    def _take(self, length: int) -> str:
+        text, self._held = self._held[:length], self._held[length:]
+        return text
+
+    def _undecided(self) -> int:
+        """Length of the longest tail that a stop string begins with."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+                return length
+        return 0

@@ -1,0 +1,107 @@
+"""A transformers model whose parameters are views of SGLang's weights: nothing is copied.
+
+SGLang fuses q, k, v and gate, up into single matrices; each transformers parameter is a slice of one of them.
+Knows the parameter names of both sides; does not know training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from harli_appliance.errors import UsageError
+
+SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+def shared_model(sglang_model: nn.Module, folder: Path) -> Any:
+    """Build the transformers twin of a model that SGLang has loaded (without tensor parallelism).
+
+    Args:
+        sglang_model: SGLang's module tree; its LoRA wrappers are looked through.
+        folder: the Hugging Face folder that SGLang loaded it from.
+
+    Returns:
+        A transformers causal LM in eval mode; every parameter is frozen and shares SGLang's storage.
+
+    Raises:
+        UsageError: the architecture is not one whose layout is known here.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    architecture = (config.architectures or ["unknown"])[0]
+    if architecture not in SUPPORTED:
+        raise UsageError(
+            f"{architecture} can be served but not finetuned; finetuning knows {', '.join(SUPPORTED)}",
+            param="model",
+        )
+    source = {name.replace(".base_layer.", "."): p.data for name, p in sglang_model.named_parameters()}
+    dtype = source["model.norm.weight"].dtype
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    locate = _Locator(config, source)
+    for name, _ in list(twin.named_parameters()):
+        module, _, leaf = name.rpartition(".")
+        setattr(twin.get_submodule(module), leaf, nn.Parameter(locate(name), requires_grad=False))
+    if config.tie_word_embeddings:
+        twin.tie_weights()
+    _rebuild_buffers(twin, config)
+    assert_shared(twin, sglang_model)
+    return twin.eval()
+
+
+def assert_shared(twin: nn.Module, sglang_model: nn.Module) -> None:
+    """Raise unless every parameter of `twin` lies inside storage of `sglang_model`."""
+    storages = {p.untyped_storage().data_ptr() for p in sglang_model.parameters()}
+    copied = [n for n, p in twin.named_parameters() if p.untyped_storage().data_ptr() not in storages]
+    if copied:
+        raise RuntimeError(f"parameters not shared with the runtime: {', '.join(copied[:3])}")
+
+
+class _Locator:
+    """Finds the slice of SGLang's weights that is a given transformers parameter."""
+
+    def __init__(self, config: Any, source: Mapping[str, Tensor]) -> None:
+        self._source = source
+        self._vocabulary = int(config.vocab_size)
+        self._inner = int(config.intermediate_size)
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+        # On a CPU SGLang pads the inner size; the second half of gate_up starts after the padding.
+        padded = source["model.layers.0.mlp.gate_up_proj.weight"].shape[0] // 2
+        self._fused = {
+            "q_proj": ("qkv_proj", 0, q),
+            "k_proj": ("qkv_proj", q, kv),
+            "v_proj": ("qkv_proj", q + kv, kv),
+            "gate_proj": ("gate_up_proj", 0, self._inner),
+            "up_proj": ("gate_up_proj", padded, self._inner),
+        }
+
+    def __call__(self, name: str) -> Tensor:
+        projection = name.split(".")[-2]
+        if projection in self._fused:
+            fused, start, length = self._fused[projection]
+            return self._source[name.replace(projection, fused)].narrow(0, start, length)
+        found = self._source[name]
+        if projection == "down_proj" and name.endswith("weight"):
+            return found.narrow(1, 0, self._inner)
+        if projection in ("embed_tokens", "lm_head"):  # SGLang pads the vocabulary to a multiple of 64
+            return found.narrow(0, 0, self._vocabulary)
+        return found
+
+
+def _rebuild_buffers(twin: nn.Module, config: Any) -> None:
+    """Compute the rotary tables again: buffers made on the meta device have no values."""
+    rebuilt: dict[str, nn.Module] = {}
+    for name, buffer in list(twin.named_buffers()):
+        if not buffer.is_meta:
+            continue
+        module_name, _, leaf = name.rpartition(".")
+        module = twin.get_submodule(module_name)
+        if module_name not in rebuilt:
+            rebuilt[module_name] = type(module)(config=config)
+        module.register_buffer(leaf, getattr(rebuilt[module_name], leaf), persistent=False)
