@@ -134,7 +134,7 @@ class FineTuning(Protocol):
     """Lists are newest first; `after` is the id of the last item already seen."""
 
     async def create_file(self, path: Path, filename: str, purpose: str) -> StoredFile:
-        """Validate the upload that lies at `path` and take it over (the caller deletes nothing on success)."""
+        """Validate the upload that lies at `path` and take it over (the caller then deletes nothing)."""
         ...
 
     async def files(self) -> list[StoredFile]: ...

@@ -1,0 +1,179 @@
+"""``/v1/chat/completions`` and ``/v1/models``.
+
+Knows OpenAI's answers, plain and streamed. Does not know how text is made. A client that goes away cancels
+the handler, and a cancelled handler aborts its generation, so that nobody computes for an empty seat.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+
+import structlog
+from aiohttp import web
+
+from harli_appliance.api.bodies import read_body
+from harli_appliance.api.chat_request import ChatRequest
+from harli_appliance.api.errors import error_detail, request_id, unexpected
+from harli_appliance.api.ports import AppliancePort, Generation, TextDelta
+from harli_appliance.api.wire import (
+    AssistantMessage,
+    ChatChunk,
+    ChatCompletion,
+    Choice,
+    ChunkChoice,
+    Delta,
+    ListOf,
+    ModelHarli,
+    ModelObject,
+    PromptTokensDetails,
+    Usage,
+)
+from harli_appliance.errors import ApplianceUnavailable, EngineFault, HarliError, NotFound
+from harli_appliance.schema import ModelView
+
+log = structlog.get_logger(__name__)
+
+SSE_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # a proxy that buffers would spoil the latency that we promise
+}
+
+
+class ChatRoutes:
+    def __init__(self, port: AppliancePort) -> None:
+        self._port = port
+        self._started = int(time.time())
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/v1/models", self.models),
+            web.get("/v1/models/{id:.+}", self.model),
+            web.post("/v1/chat/completions", self.chat),
+        ]
+
+    async def models(self, request: web.Request) -> web.Response:
+        models = [self._model(view) for view in self._port.models()]
+        return web.json_response(ListOf[ModelObject](data=models).model_dump(mode="json"))
+
+    async def model(self, request: web.Request) -> web.Response:
+        wanted = request.match_info["id"]
+        for view in self._port.models():
+            if view.id == wanted:
+                return web.json_response(self._model(view).model_dump(mode="json"))
+        raise NotFound(
+            f"no model '{wanted}'; GET /v1/models lists them", code="model_not_found", param="model"
+        )
+
+    def _model(self, view: ModelView) -> ModelObject:
+        harli = ModelHarli(kind=view.kind, parent=view.parent, job=view.job)
+        return ModelObject(id=view.id, created=self._started, harli=harli)
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        body = await read_body(request, ChatRequest)
+        if not self._port.ready():
+            raise ApplianceUnavailable("the appliance does not serve yet; GET /ready says when")
+        generation = await self._port.chat(body.call())
+        try:
+            answer = Answer(body, generation)
+            return await (answer.stream(request) if body.stream else answer.whole())
+        finally:
+            generation.abort()
+
+
+class Answer:
+    """One answer on its way out: the generation, and the names under which its pieces go to the client."""
+
+    def __init__(self, body: ChatRequest, generation: Generation) -> None:
+        self._body = body
+        self._generation = generation
+        self._tokens = 0
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    async def whole(self) -> web.Response:
+        texts: list[str] = []
+        finish = None
+        async for delta in self._generation:
+            self._tokens += delta.tokens
+            texts.append(delta.text)
+            finish = delta.finish_reason
+        if finish is None:
+            raise _cut_short()
+        completion = ChatCompletion(
+            id=self._id,
+            created=self._created,
+            model=self._body.model,
+            choices=[Choice(message=AssistantMessage(content="".join(texts)), finish_reason=finish)],
+            usage=self._usage(),
+        )
+        return web.json_response(completion.model_dump(mode="json"))
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        """Server-sent events. Nothing is sent before the first token: until then a failure has a status."""
+        deltas = aiter(self._generation)
+        first = await anext(deltas, None)
+        if first is None:
+            raise _cut_short()
+        response = web.StreamResponse(headers=SSE_HEADERS)
+        await response.prepare(request)
+        try:
+            await self._send(response, Delta(role="assistant", content=""))
+            delta: TextDelta | None = first
+            while delta is not None:
+                self._tokens += delta.tokens
+                if delta.text:
+                    await self._send(response, Delta(content=delta.text))
+                last, delta = delta, await anext(deltas, None)
+            if last.finish_reason is None:
+                raise _cut_short()
+            end = ChunkChoice(delta=Delta(), finish_reason=last.finish_reason)
+            await response.write(self._event(self._chunk([end])))
+            if self._body.include_usage:
+                await response.write(self._event(self._chunk([], self._usage())))
+            await response.write(b"data: [DONE]\n\n")
+        except ConnectionResetError:
+            return response  # the client left between two tokens
+        except HarliError as error:
+            await self._fail(request, response, error)
+        except Exception:
+            log.exception("answer failed in the middle", request_id=request_id(request))
+            await self._fail(request, response, unexpected(request))
+        await response.write_eof()
+        return response
+
+    async def _fail(self, request: web.Request, response: web.StreamResponse, error: HarliError) -> None:
+        """The status line is long gone: say it as an event, and leave [DONE] out."""
+        log.warning("answer cut short", request_id=request_id(request), error=str(error))
+        await response.write(f"data: {json.dumps({'error': error_detail(error)})}\n\n".encode())
+
+    async def _send(self, response: web.StreamResponse, delta: Delta) -> None:
+        await response.write(self._event(self._chunk([ChunkChoice(delta=delta)])))
+
+    def _chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
+        return ChatChunk(
+            id=self._id, created=self._created, model=self._body.model, choices=choices, usage=usage
+        )
+
+    def _event(self, chunk: ChatChunk) -> bytes:
+        data = chunk.model_dump(mode="json")
+        for choice in data["choices"]:
+            choice["delta"] = {name: value for name, value in choice["delta"].items() if value is not None}
+        if not self._body.include_usage:
+            del data["usage"]
+        return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+    def _usage(self) -> Usage:
+        prompt = self._generation.prompt_tokens
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=self._tokens,
+            total_tokens=prompt + self._tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._generation.cached_tokens),
+        )
+
+
+def _cut_short() -> EngineFault:
+    return EngineFault("the answer ended before it was complete; ask again", code="generation_aborted")

@@ -1,0 +1,167 @@
+"""The body of a chat completion: what is used, what is harmless, what is refused.
+
+Knows OpenAI's fields and SGLang's extra sampling values (top_k, min_p, ignore_eos). Does not know who
+answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, TypeVar
+
+from pydantic import Field, field_validator, model_validator
+
+from harli_appliance.api.bodies import ANY, Body, contradiction, unsupported
+from harli_appliance.api.ports import ChatCall
+
+MAX_STOPS = 4
+
+Value = TypeVar("Value")
+
+
+def _or(value: Value | None, default: Value) -> Value:
+    """The value, or the default when the caller sent null or nothing (0 is a value)."""
+    return default if value is None else value
+
+
+class ChatMessage(Body):
+    """One turn. Content may be a list of text parts, which are joined; other kinds of part are refused."""
+
+    neutral: ClassVar[Mapping[str, object]] = {
+        # What the openai client sends back when an answer of ours is appended to the messages.
+        "refusal": (),
+        "annotations": ([],),
+        "audio": (),
+        "function_call": (),
+        "tool_calls": ([],),
+        "tool_call_id": (),
+        "name": (),
+        "reasoning_content": (),
+    }
+
+    role: str
+    content: str
+
+    @field_validator("role")
+    @classmethod
+    def _role(cls, role: str) -> str:
+        if role in ("tool", "function"):
+            raise unsupported(f"the role '{role}' is not supported; use system, user or assistant")
+        if role == "developer":
+            return "system"  # OpenAI's newer word for it
+        if role not in ("system", "user", "assistant"):
+            raise ValueError("use system, developer, user or assistant")
+        return role
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _join_parts(cls, content: object) -> object:
+        if content is None:
+            raise ValueError("it must be text")
+        if not isinstance(content, list):
+            return content
+        texts = []
+        for index, part in enumerate(content):
+            if not isinstance(part, dict) or not isinstance(kind := part.get("type"), str):
+                raise ValueError('each part must be {"type": "text", "text": "..."}')
+            if kind != "text":
+                raise unsupported(f"content of type '{kind}' is not supported; only text is", index, "type")
+            if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+                raise ValueError('each part must be {"type": "text", "text": "..."}')
+            texts.append(part["text"])
+        return "".join(texts)
+
+
+class StreamOptions(Body):
+    neutral: ClassVar[Mapping[str, object]] = {"include_obfuscation": (False,)}
+
+    include_usage: bool = False
+
+
+class ChatRequest(Body):
+    """``POST /v1/chat/completions``."""
+
+    neutral: ClassVar[Mapping[str, object]] = {
+        "audio": (),
+        "function_call": ("none",),
+        "functions": ([],),
+        "logit_bias": ({},),
+        "logprobs": (False,),
+        "modalities": (["text"],),
+        "n": (1,),
+        "prediction": (),
+        "reasoning_effort": (),
+        "response_format": ({"type": "text"},),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "top_logprobs": (0,),
+        "verbosity": (),
+        "web_search_options": (),
+        # Notes of the caller to itself, or hints that a cache may use: no answer depends on them.
+        "metadata": ANY,
+        "parallel_tool_calls": ANY,
+        "prompt_cache_key": ANY,
+        "safety_identifier": ANY,
+        "user": ANY,
+    }
+
+    model: Annotated[str, Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)] | None = None
+    ignore_eos: bool | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, stop: object) -> object:
+        return [stop] if isinstance(stop, str) else stop
+
+    @field_validator("top_k")
+    @classmethod
+    def _top_k(cls, top_k: int | None) -> int | None:
+        if top_k == 0:
+            raise ValueError("use -1 for no limit, or at least 1")
+        return top_k
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRequest:
+        if self.stream_options is not None and not self.stream:
+            raise contradiction("'stream_options' needs stream=true", "stream_options")
+        if None not in (self.max_tokens, self.max_completion_tokens) and (
+            self.max_tokens != self.max_completion_tokens
+        ):
+            raise contradiction("'max_tokens' and 'max_completion_tokens' differ; give one", "max_tokens")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def call(self) -> ChatCall:
+        """What the appliance is asked, with OpenAI's defaults filled in."""
+        return ChatCall(
+            model=self.model,
+            messages=tuple({"role": m.role, "content": m.content} for m in self.messages),
+            max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
+            temperature=_or(self.temperature, 1.0),
+            top_p=_or(self.top_p, 1.0),
+            top_k=_or(self.top_k, -1),
+            min_p=_or(self.min_p, 0.0),
+            frequency_penalty=_or(self.frequency_penalty, 0.0),
+            presence_penalty=_or(self.presence_penalty, 0.0),
+            seed=self.seed,
+            stop=tuple(self.stop or ()),
+            ignore_eos=bool(self.ignore_eos),
+        )

@@ -1,0 +1,134 @@
+"""``/v1/fine_tuning/jobs``: create, list, show, events, cancel.
+
+Knows OpenAI's job objects. Does not know how a job runs or where it is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from aiohttp import web
+from pydantic import Field
+
+from harli_appliance.api.bodies import Query, parse_json, read_body, read_query
+from harli_appliance.api.fine_tuning_request import JobBody
+from harli_appliance.api.ports import FineTuning, Job, JobEvent
+from harli_appliance.api.wire import (
+    Hyperparameters,
+    JobError,
+    JobEventObject,
+    JobObject,
+    JobProgress,
+    ListOf,
+    Method,
+    SupervisedMethod,
+)
+from harli_appliance.errors import UsageError
+
+ENDED = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class PageQuery(Query):
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+    after: str | None = None
+
+
+class FineTuningRoutes:
+    def __init__(self, port: FineTuning) -> None:
+        self._port = port
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post("/v1/fine_tuning/jobs", self.create),
+            web.get("/v1/fine_tuning/jobs", self.list),
+            web.get("/v1/fine_tuning/jobs/{id}", self.show),
+            web.get("/v1/fine_tuning/jobs/{id}/events", self.events),
+            web.post("/v1/fine_tuning/jobs/{id}/cancel", self.cancel),
+        ]
+
+    async def create(self, request: web.Request) -> web.Response:
+        body = await read_body(request, JobBody)
+        return _one(await self._port.create_job(body.spec()))
+
+    async def list(self, request: web.Request) -> web.Response:
+        query = read_query(request, PageQuery)
+        jobs, more = await self._port.jobs(query.limit, query.after)
+        data = [job_object(job) for job in jobs]
+        page = ListOf[JobObject](
+            data=data,
+            first_id=data[0].id if data else None,
+            last_id=data[-1].id if data else None,
+            has_more=more,
+        )
+        return web.json_response(page.model_dump(mode="json"))
+
+    async def show(self, request: web.Request) -> web.Response:
+        return _one(await self._port.job(request.match_info["id"]))
+
+    async def events(self, request: web.Request) -> web.Response:
+        query = read_query(request, PageQuery)
+        events, more = await self._port.events(request.match_info["id"], query.limit, query.after)
+        data = [event_object(event) for event in events]
+        page = ListOf[JobEventObject](
+            data=data,
+            first_id=data[0].id if data else None,
+            last_id=data[-1].id if data else None,
+            has_more=more,
+        )
+        return web.json_response(page.model_dump(mode="json"))
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        raw = await request.read()
+        if raw and parse_json(raw):
+            raise UsageError("cancelling a job takes no body; leave it out", code="unknown_parameter")
+        return _one(await self._port.cancel_job(request.match_info["id"]))
+
+
+def _one(job: Job) -> web.Response:
+    return web.json_response(job_object(job).model_dump(mode="json"))
+
+
+def job_object(job: Job) -> JobObject:
+    hyperparameters = Hyperparameters(
+        n_epochs=job.n_epochs,
+        batch_size=job.batch_size,
+        learning_rate=job.learning_rate,
+        lora_rank=job.lora_rank,
+        lora_alpha=job.lora_alpha,
+    )
+    error = None
+    if job.error_code is not None:
+        error = JobError(code=job.error_code, message=job.error_message or job.error_code)
+    return JobObject(
+        id=job.id,
+        created_at=job.created_at,
+        finished_at=job.finished_at,
+        model=job.model,
+        fine_tuned_model=job.fine_tuned_model,
+        status=job.status,
+        training_file=job.training_file,
+        trained_tokens=job.trained_tokens if job.status in ENDED else None,
+        error=error,
+        hyperparameters=hyperparameters,
+        method=Method(supervised=SupervisedMethod(hyperparameters=hyperparameters)),
+        seed=job.seed,
+        metadata=dict(job.metadata),
+        harli=JobProgress(
+            step=job.step,
+            total_steps=job.total_steps,
+            trained_tokens=job.trained_tokens,
+            loss=job.loss,
+            started_at=job.started_at,
+        ),
+    )
+
+
+def event_object(event: JobEvent) -> JobEventObject:
+    return JobEventObject(
+        id=event.id,
+        created_at=event.created_at,
+        level=event.level,
+        message=event.message,
+        type="metrics" if event.data else "message",
+        data=dict(event.data),
+    )

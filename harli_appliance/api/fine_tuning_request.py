@@ -1,0 +1,106 @@
+"""The body of a new fine-tuning job, in OpenAI's shape with our hyperparameters beside theirs.
+
+Knows what OpenAI's clients send, in the current form (``method.supervised.hyperparameters``) and the older
+one (``hyperparameters`` at the top). Does not know the defaults: "auto" and nothing both mean the
+appliance's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
+
+from pydantic import Field, field_validator, model_validator
+
+from harli_appliance.api.bodies import Body, contradiction, unsupported
+from harli_appliance.api.ports import JobSpec
+
+
+class HyperparametersBody(Body):
+    """The word "auto" stands for the appliance's default.
+
+    OpenAI's learning_rate_multiplier scales a rate that OpenAI keeps to itself; here the rate itself is said.
+    """
+
+    n_epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    learning_rate_multiplier: object = None
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    lora_rank: Annotated[int, Field(ge=1, le=256)] | None = None
+    lora_alpha: Annotated[float, Field(gt=0, le=4096)] | None = None
+
+    @field_validator("learning_rate_multiplier")
+    @classmethod
+    def _no_multiplier(cls, value: object) -> object:
+        if value not in (None, "auto"):
+            raise unsupported("'learning_rate_multiplier' is not supported; give 'learning_rate', e.g. 2e-4")
+        return value
+
+    @field_validator("n_epochs", "batch_size", "learning_rate", "lora_rank", "lora_alpha", mode="before")
+    @classmethod
+    def _auto(cls, value: object) -> object:
+        return None if value == "auto" else value
+
+
+class SupervisedBody(Body):
+    hyperparameters: HyperparametersBody | None = None
+
+
+class MethodBody(Body):
+    neutral: ClassVar[Mapping[str, object]] = {"dpo": (), "reinforcement": ()}
+
+    type: str
+    supervised: SupervisedBody | None = None
+
+    @field_validator("type")
+    @classmethod
+    def _supervised(cls, kind: str) -> str:
+        if kind in ("dpo", "reinforcement"):
+            raise unsupported(f"the method '{kind}' is not supported; use 'supervised'")
+        if kind != "supervised":
+            raise ValueError("use 'supervised'")
+        return kind
+
+
+class JobBody(Body):
+    """``POST /v1/fine_tuning/jobs``."""
+
+    neutral: ClassVar[Mapping[str, object]] = {"integrations": ([],), "validation_file": ()}
+
+    model: Annotated[str, Field(min_length=1)]
+    training_file: Annotated[str, Field(min_length=1)]
+    suffix: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    method: MethodBody | None = None
+    hyperparameters: HyperparametersBody | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+            Field(max_length=16),
+        ]
+        | None
+    ) = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> JobBody:
+        if self.hyperparameters is not None and self.method is not None:
+            raise contradiction("give 'method' or the older 'hyperparameters', not both", "hyperparameters")
+        return self
+
+    def spec(self) -> JobSpec:
+        chosen = self.hyperparameters
+        if self.method is not None and self.method.supervised is not None:
+            chosen = self.method.supervised.hyperparameters
+        values = {
+            name: value
+            for name, value in (chosen or HyperparametersBody())
+            if name != "learning_rate_multiplier"
+        }
+        return JobSpec(
+            model=self.model,
+            training_file=self.training_file,
+            suffix=self.suffix,
+            seed=self.seed,
+            metadata=self.metadata or {},
+            **values,
+        )

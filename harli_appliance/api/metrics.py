@@ -1,0 +1,136 @@
+"""The status as Prometheus metrics. Knows names and units; keeps no numbers of its own.
+
+Names follow Prometheus' rules (base units, so seconds; ``_total`` for counters). Quantiles are gauges over
+the recent window, because the engine keeps samples rather than buckets.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import get_args
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from harli_appliance.schema import JobStatus, Mode, Percentiles, Status
+
+
+def exposition(status: Status) -> bytes:
+    """The text that Prometheus scrapes."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(StatusCollector(status))
+    return generate_latest(registry)
+
+
+class StatusCollector(Collector):
+    def __init__(self, status: Status) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._appliance()
+        yield from self._latency()
+        yield from self._work()
+        yield from self._memory()
+
+    def _appliance(self) -> Iterator[Metric]:
+        s = self._status
+        info = GaugeMetricFamily(
+            "harli_info", "What runs here; always 1.", labels=("version", "model", "device", "policy")
+        )
+        info.add_metric((s.version, s.model, s.device, s.policy), 1.0)
+        yield info
+        yield _gauge("harli_ready", "1 while requests are served.", float(s.state in ("ready", "degraded")))
+        yield _gauge("harli_uptime_seconds", "Seconds since start.", s.uptime_s)
+        modes = {mode: float(mode == s.mode) for mode in get_args(Mode)}
+        yield _by("mode", "harli_mode", "1 for the mode of the last tick.", modes)
+        yield _gauge(
+            "harli_partition_inference_ratio",
+            "Share of the device's compute that the inference lane has.",
+            s.partition.inference_share,
+        )
+
+    def _latency(self) -> Iterator[Metric]:
+        serving, slo = self._status.serving, self._status.slo
+        yield _quantiles("harli_tpot_seconds", "Time per output token of a request.", serving.tpot_ms)
+        yield _quantiles("harli_itl_seconds", "Gap between two tokens of a request.", serving.itl_ms)
+        yield _quantiles("harli_ttft_seconds", "Time to the first token.", serving.ttft_ms)
+        yield _gauge("harli_slo_tpot_seconds", "Promised time per output token.", slo.tpot_ms / 1000)
+        yield _gauge("harli_slo_ttft_seconds", "Promised time to the first token.", slo.ttft_ms / 1000)
+        if slo.attainment is not None:
+            yield _gauge(
+                "harli_slo_attainment_ratio", "Share of recent requests that met both.", slo.attainment
+            )
+
+    def _work(self) -> Iterator[Metric]:
+        serving, training = self._status.serving, self._status.training
+        yield _gauge("harli_requests_running", "Requests being decoded.", serving.running)
+        yield _gauge("harli_requests_waiting", "Requests in the queue.", serving.waiting)
+        yield _counter("harli_requests", "Requests since start.", serving.requests)
+        yield _counter("harli_requests_failed", "Requests that failed since start.", serving.failed)
+        yield _counter("harli_output_tokens", "Tokens served since start.", serving.output_tokens)
+        yield _gauge(
+            "harli_output_tokens_per_second",
+            "Tokens served a second over the last 10 seconds.",
+            serving.output_tokens_per_s,
+        )
+        yield _counter("harli_training_tokens", "Tokens trained since start.", training.tokens)
+        yield _gauge(
+            "harli_training_tokens_per_second",
+            "Tokens trained a second over the last 10 seconds.",
+            training.tokens_per_s,
+        )
+        yield _counter(
+            "harli_training_dropped_micro_batches",
+            "Micro-batches dropped to give memory back to serving.",
+            training.dropped_micro_batches,
+        )
+        if training.loss is not None:
+            yield _gauge("harli_training_loss", "Loss of the last optimizer step.", training.loss)
+        counts = Counter(job.status for job in self._status.jobs)
+        by_status = {status: float(counts[status]) for status in get_args(JobStatus)}
+        yield _by("status", "harli_jobs", "Active and most recent jobs, ten at most.", by_status)
+
+    def _memory(self) -> Iterator[Metric]:
+        pool = self._status.pool
+        owners = {owner: float(getattr(pool, owner)) for owner in ("free", "serving", "cached", "leased")}
+        yield _by("owner", "harli_pool_slots", "KV-cache slots by owner.", owners)
+        yield _gauge("harli_pool_leased_max_slots", "Most slots leased at once.", pool.leased_max)
+        yield _counter("harli_pool_reclaims", "Times that serving took slots back.", pool.reclaims)
+        predictor = self._status.predictor
+        if predictor.median_error is not None:
+            yield _gauge(
+                "harli_predictor_error_ratio",
+                "Median relative error of predicted steps.",
+                predictor.median_error,
+            )
+        if predictor.above_bound is not None:
+            yield _gauge(
+                "harli_predictor_above_bound_ratio",
+                "Share of recent steps that outlasted their bound.",
+                predictor.above_bound,
+            )
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(name, text, value=value)
+
+
+def _by(label: str, name: str, text: str, values: dict[str, float]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=(label,))
+    for label_value, value in values.items():
+        family.add_metric((label_value,), value)
+    return family
+
+
+def _quantiles(name: str, text: str, values: Percentiles) -> Metric:
+    """Seconds at the 0.5 and 0.99 quantile; no sample while there is no request to speak of."""
+    found = {"0.5": values.p50, "0.99": values.p99}
+    known = {quantile: ms / 1000 for quantile, ms in found.items() if ms is not None}
+    return _by("quantile", name, f"{text} Over the recent window.", known)
