@@ -7,7 +7,6 @@ request, so a queue shows up in the numbers instead of hiding them.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -112,11 +111,8 @@ async def ask(
     messages = [{"role": "user", "content": request.prompt}]
     sampling = {"max_tokens": request.answer_tokens, "temperature": 0, "ignore_eos": True}
     try:
-        async with (
-            asyncio.timeout(timeout_s),
-            contextlib.aclosing(client.stream_chat(model, messages, **sampling)) as stream,
-        ):
-            async for event in stream:
+        async with asyncio.timeout(timeout_s):
+            async for event in client.stream_chat(model, messages, **sampling):
                 if isinstance(event, StreamEnd):
                     end = event
                 else:
