@@ -9,6 +9,7 @@ from sqlite_utils import Database
 
 from harli_appliance.api.ports import StoredFile
 from harli_appliance.errors import Conflict, NotFound
+from harli_appliance.store.ids import bindable
 
 
 def insert_file(
@@ -33,7 +34,7 @@ def get_file(db: Database, file_id: str, param: str | None = None) -> StoredFile
     Raises:
         NotFound: there is none; names `param` as the field at fault.
     """
-    row = next(db["files"].rows_where("id = ?", [file_id]), None)
+    row = next(db["files"].rows_where("id = ?", [bindable(file_id)]), None)
     if row is None:
         raise NotFound(f"no file '{file_id}'; upload it first", code="file_not_found", param=param)
     return _file(row)

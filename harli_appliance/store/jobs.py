@@ -19,7 +19,7 @@ from sqlite_utils import Database
 from harli_appliance.api.ports import Job, JobEvent
 from harli_appliance.errors import Conflict, NotFound
 from harli_appliance.schema import JobStatus
-from harli_appliance.store.ids import new_id
+from harli_appliance.store.ids import bindable, new_id
 from harli_appliance.store.pages import page
 
 Level = Literal["info", "warn", "error"]
@@ -131,7 +131,7 @@ def list_events(db: Database, job_id: str, limit: int, after: str | None) -> tup
 
 
 def _row(db: Database, job_id: str) -> dict[str, Any]:
-    row: dict[str, Any] | None = next(db["jobs"].rows_where("id = ?", [job_id]), None)
+    row: dict[str, Any] | None = next(db["jobs"].rows_where("id = ?", [bindable(job_id)]), None)
     if row is None:
         raise NotFound(f"no job '{job_id}'; list the jobs to see their ids", code="job_not_found")
     return row

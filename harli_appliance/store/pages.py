@@ -8,6 +8,7 @@ from typing import Any
 from sqlite_utils import Database
 
 from harli_appliance.errors import NotFound, UsageError
+from harli_appliance.store.ids import bindable
 
 
 def page(
@@ -28,7 +29,7 @@ def page(
         raise UsageError(f"limit is {limit}; ask for at least 1", param="limit")
     values = list(values)
     if after is not None:
-        cursor = next(db[table].rows_where(f"({where}) AND id = ?", [*values, after]), None)
+        cursor = next(db[table].rows_where(f"({where}) AND id = ?", [*values, bindable(after)]), None)
         if cursor is None:
             raise NotFound(f"no item '{after}' to go on after; begin without 'after'", param="after")
         where, values = f"({where}) AND seq < ?", [*values, cursor["seq"]]

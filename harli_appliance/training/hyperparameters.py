@@ -1,0 +1,105 @@
+"""From what a person asks for to a job with every value decided, each one checked against its range.
+
+Knows the ranges and the defaults; knows neither files nor the database.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+
+from harli_appliance.api.ports import Job, JobSpec
+from harli_appliance.errors import UsageError
+from harli_appliance.store.ids import new_id
+
+N_EPOCHS = 3
+BATCH_SIZE = 8
+LEARNING_RATE = 1e-3
+LORA_RANK = 8
+ALPHA_PER_RANK = 2.0
+
+MAX_EPOCHS = 100
+MAX_BATCH_SIZE = 1024
+MAX_LORA_ALPHA = 4096.0
+MAX_SEED = 2**31 - 1
+
+_SUFFIX = re.compile(r"[a-zA-Z0-9_-]{1,40}")
+_MAX_METADATA = 16
+_MAX_METADATA_KEY = 64
+_MAX_METADATA_VALUE = 512
+
+
+def resolve(spec: JobSpec, *, model: str, max_lora_rank: int) -> Job:
+    """A new queued job.
+
+    Args:
+        model: name of the only model that can be finetuned here.
+        max_lora_rank: the largest rank that serving can load.
+
+    Raises:
+        UsageError: a value is out of its range; names the field.
+    """
+    if spec.model != model:
+        raise UsageError(
+            f"model '{spec.model}' cannot be finetuned here; use '{model}'",
+            code="model_not_found",
+            param="model",
+        )
+    rank = spec.lora_rank if spec.lora_rank is not None else min(LORA_RANK, max_lora_rank)
+    job = Job(
+        id=new_id("ftjob"),
+        status="queued",
+        model=model,
+        training_file=spec.training_file,
+        created_at=int(time.time()),
+        seed=spec.seed if spec.seed is not None else secrets.randbelow(MAX_SEED + 1),
+        n_epochs=spec.n_epochs if spec.n_epochs is not None else N_EPOCHS,
+        batch_size=spec.batch_size if spec.batch_size is not None else BATCH_SIZE,
+        learning_rate=spec.learning_rate if spec.learning_rate is not None else LEARNING_RATE,
+        lora_rank=rank,
+        lora_alpha=spec.lora_alpha if spec.lora_alpha is not None else ALPHA_PER_RANK * rank,
+        suffix=spec.suffix,
+        metadata=dict(spec.metadata),
+    )
+    _between("seed", job.seed, 0, MAX_SEED)
+    _between("n_epochs", job.n_epochs, 1, MAX_EPOCHS)
+    _between("batch_size", job.batch_size, 1, MAX_BATCH_SIZE)
+    _between("lora_rank", job.lora_rank, 1, max_lora_rank)
+    _above_zero("learning_rate", job.learning_rate, 1.0)
+    _above_zero("lora_alpha", job.lora_alpha, MAX_LORA_ALPHA)
+    if job.suffix is not None and _SUFFIX.fullmatch(job.suffix) is None:
+        raise UsageError(
+            "suffix must be 1 to 40 letters, digits, '-' or '_'; choose another or leave it out",
+            param="suffix",
+        )
+    _check_metadata(job)
+    return job
+
+
+def adapter_name(job: Job) -> str:
+    """What requests call the adapter of a job, in OpenAI's way of naming."""
+    return f"ft:{job.model}:{job.suffix or 'harli'}:{job.id[-8:]}"
+
+
+def _between(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise UsageError(f"{name} is {value}; choose {least} to {most}", param=name)
+
+
+def _above_zero(name: str, value: float, most: float) -> None:
+    if not 0 < value <= most:  # refuses NaN too
+        raise UsageError(f"{name} is {value}; choose a number above 0, {most:g} at most", param=name)
+
+
+def _check_metadata(job: Job) -> None:
+    too_long = any(
+        len(key) > _MAX_METADATA_KEY or len(value) > _MAX_METADATA_VALUE
+        for key, value in job.metadata.items()
+    )
+    if too_long or len(job.metadata) > _MAX_METADATA:
+        raise UsageError(
+            f"metadata holds at most {_MAX_METADATA} pairs, keys of {_MAX_METADATA_KEY} characters "
+            f"and values of {_MAX_METADATA_VALUE}; shorten it",
+            param="metadata",
+        )

@@ -1,0 +1,343 @@
+"""The job queue: what people ask of it, and what the trainer tells it.
+
+Every method has its effect on disk when it returns. It lives on one event loop, on which the trainer waits
+for jobs; a caller that goes away in the middle (a client that hangs up) leaves nothing half done. Knows
+no tokenizer, no HTTP and no partition.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Coroutine
+from dataclasses import replace
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
+
+import structlog
+from sqlite_utils import Database as Connection
+
+from harli_appliance.api.ports import FineTuning, Job, JobEvent, JobSpec, StoredFile
+from harli_appliance.config import Settings
+from harli_appliance.errors import Conflict, DatasetError, NotFound, UsageError
+from harli_appliance.store import adapters as adapter_rows
+from harli_appliance.store import files as file_rows
+from harli_appliance.store import jobs as job_rows
+from harli_appliance.store.adapters import Adapter
+from harli_appliance.store.database import Database
+from harli_appliance.store.ids import new_id
+from harli_appliance.training.dataset import MIB, CountTokens, check_dataset
+from harli_appliance.training.findings import Report
+from harli_appliance.training.hyperparameters import adapter_name, resolve
+from harli_appliance.training.uploads import UploadFolder
+
+PURPOSE = "fine-tune"
+STEP_EVENTS = 100
+"""A job tells of about so many of its steps, however long it is; the row always has the last one."""
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+
+class JobQueue(FineTuning):
+    """Files, jobs and adapters of one data directory.
+
+    Args:
+        model: name of the served base model, the only one that can be finetuned.
+        count_tokens: tells how long an example is; without it no length is checked.
+        context_length: tokens that an example may have at most.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        settings: Settings,
+        *,
+        model: str,
+        count_tokens: CountTokens | None = None,
+        context_length: int | None = None,
+    ) -> None:
+        self._database = database
+        self._settings = settings
+        self._model = model
+        self._count_tokens = count_tokens
+        self._context_length = context_length
+        self._uploads = UploadFolder(settings.files)
+        self._queued = asyncio.Event()
+        self._cancelling: set[str] = set()
+        self._unfinished: set[asyncio.Task[Any]] = set()
+
+    # -- files ---------------------------------------------------------------------------------------------
+
+    async def create_file(self, path: Path, filename: str, purpose: str) -> StoredFile:
+        """Check the upload at `path` and take it over; on an error it is still the caller's to delete.
+
+        Raises:
+            UsageError: the purpose is not fine-tune.
+            DatasetError: the file is no good; carries the findings.
+        """
+        if purpose != PURPOSE:
+            raise UsageError(f"purpose '{purpose}' is not supported; use '{PURPOSE}'", param="purpose")
+        report = await asyncio.to_thread(
+            check_dataset,
+            path,
+            count_tokens=self._count_tokens,
+            context_length=self._context_length,
+            max_file_bytes=self._settings.server.max_upload_mib * MIB,
+        )
+        if not report.ok:
+            raise DatasetError(_refusal(report), findings=report.errors)
+        return await self._to_the_end(self._take_over(path, filename, report.examples))
+
+    async def _take_over(self, path: Path, filename: str, examples: int) -> StoredFile:
+        file_id = new_id("file")
+        name = _storable(PurePath(filename).name)[:255] or "upload.jsonl"
+        await asyncio.to_thread(self._uploads.bring_in, path, file_id)
+
+        def keep(db: Connection) -> StoredFile:
+            self._uploads.reveal(file_id)
+            size = self._uploads.path(file_id).stat().st_size
+            return file_rows.insert_file(db, file_id, name, PURPOSE, size, examples)
+
+        try:
+            return await self._database.run(keep)
+        except BaseException:
+            self._uploads.discard(file_id)
+            raise
+
+    async def files(self) -> list[StoredFile]:
+        return await self._database.run(file_rows.list_files)
+
+    async def file(self, file_id: str) -> StoredFile:
+        return await self._database.run(lambda db: file_rows.get_file(db, file_id))
+
+    async def file_path(self, file_id: str) -> Path:
+        """Where the bytes of a file lie.
+
+        Raises:
+            NotFound: there is no such file, or someone removed its bytes.
+        """
+        path = self._uploads.path((await self.file(file_id)).id)
+        if not await asyncio.to_thread(path.is_file):
+            raise NotFound(f"the content of file '{file_id}' is gone from {path}; upload it again")
+        return path
+
+    async def delete_file(self, file_id: str) -> None:
+        """Remove a file that no queued or running job needs."""
+        await self._to_the_end(self._delete_file(file_id))
+
+    async def _delete_file(self, file_id: str) -> None:
+        await self._database.run(lambda db: file_rows.delete_file(db, file_id))
+        await asyncio.to_thread(self._uploads.discard, file_id)
+
+    # -- jobs ----------------------------------------------------------------------------------------------
+
+    async def create_job(self, spec: JobSpec) -> Job:
+        """Queue a job.
+
+        Raises:
+            UsageError: a value is out of its range; names the field.
+            NotFound: there is no such training file.
+            Conflict: finetuning is switched off.
+        """
+        if not self._settings.training.enabled:
+            raise Conflict(
+                "finetuning is switched off here; set training.enabled to true", code="training_disabled"
+            )
+        job = resolve(spec, model=self._model, max_lora_rank=self._settings.training.max_lora_rank)
+        return await self._to_the_end(self._create_job(job))
+
+    async def _create_job(self, job: Job) -> Job:
+        def insert(db: Connection) -> Job:
+            file_rows.get_file(db, job.training_file, param="training_file")
+            created = job_rows.insert_job(db, job)
+            job_rows.add_event(db, job.id, "info", f"Created fine-tuning job: {job.id}")
+            return created
+
+        created = await self._database.run(insert)
+        self._queued.set()
+        return created
+
+    async def jobs(self, limit: int = 20, after: str | None = None) -> tuple[list[Job], bool]:
+        return await self._database.run(lambda db: job_rows.list_jobs(db, limit, after))
+
+    async def job(self, job_id: str) -> Job:
+        return await self._database.run(lambda db: job_rows.get_job(db, job_id))
+
+    async def events(
+        self, job_id: str, limit: int = 20, after: str | None = None
+    ) -> tuple[list[JobEvent], bool]:
+        return await self._database.run(lambda db: job_rows.list_events(db, job_id, limit, after))
+
+    async def cancel_job(self, job_id: str) -> Job:
+        """Cancel a queued job at once; ask the trainer to cancel a running one (it still shows running).
+
+        Raises:
+            Conflict: the job has ended.
+        """
+        return await self._to_the_end(self._cancel_job(job_id))
+
+    async def _cancel_job(self, job_id: str) -> Job:
+        def cancel(db: Connection) -> Job:
+            job = job_rows.get_job(db, job_id)
+            if job.status == "queued":
+                return _cancelled(db, job_id)
+            if job.status != "running":
+                raise Conflict(
+                    f"job '{job_id}' is {job.status}; only a queued or running job can be cancelled",
+                    code="job_state",
+                )
+            if not job_rows.cancel_requested(db, job_id):
+                job_rows.update_running(db, job_id, cancel_requested=1)
+                job_rows.add_event(db, job_id, "info", "Cancellation requested")
+            return job
+
+        job = await self._database.run(cancel)
+        if job.status == "running":
+            self._cancelling.add(job_id)
+        return job
+
+    # -- for the trainer -----------------------------------------------------------------------------------
+
+    async def recover(self) -> None:
+        """At start: queue again what ran when the last process ended, and sweep what it left half done."""
+
+        def requeue(db: Connection) -> list[str]:
+            for job in job_rows.jobs_in(db, "running"):
+                if job_rows.cancel_requested(db, job.id):
+                    _cancelled(db, job.id)
+                    continue
+                job_rows.move_job(db, job.id, "queued")
+                message = "The appliance was started again; the job resumes from its last checkpoint"
+                job_rows.add_event(db, job.id, "warn", message)
+            return [file.id for file in file_rows.list_files(db)]
+
+        known = await self._database.run(requeue)
+        for name in await asyncio.to_thread(self._uploads.sweep, known):
+            log.warning("removed an unfinished upload", file=name)
+        self._queued.set()
+
+    async def wait_for_job(self) -> None:
+        """Return when a job is queued."""
+        while True:
+            self._queued.clear()
+            if await self._database.run(job_rows.oldest_queued) is not None:
+                return
+            await self._queued.wait()
+
+    async def next_job(self) -> Job | None:
+        """The job that waits longest, now running; None when none waits."""
+
+        def start(db: Connection) -> Job | None:
+            job = job_rows.oldest_queued(db)
+            if job is None:
+                return None
+            job_rows.add_event(db, job.id, "info", "Job started" if job.started_at is None else "Job resumed")
+            return job_rows.move_job(db, job.id, "running")
+
+        return await self._database.run(start)
+
+    def cancel_requested(self, job_id: str) -> bool:
+        """Whether someone asked to cancel this running job; cheap enough to ask before each work unit."""
+        return job_id in self._cancelling
+
+    async def progress(
+        self, job_id: str, step: int, total_steps: int, trained_tokens: int, loss: float | None
+    ) -> None:
+        """Keep how far a running job is. `step` may be lower than before: a resumed job repeats steps."""
+        finite = loss if loss is not None and math.isfinite(loss) else None
+
+        def keep(db: Connection) -> None:
+            job_rows.update_running(
+                db, job_id, step=step, total_steps=total_steps, trained_tokens=trained_tokens, loss=finite
+            )
+            if step % math.ceil(total_steps / STEP_EVENTS) and step not in (1, total_steps):
+                return
+            data: dict[str, float | int | str] = {"step": step, "total_steps": total_steps}
+            if finite is None:
+                job_rows.add_event(db, job_id, "warn", f"Step {step}/{total_steps}: no finite loss", data)
+            else:
+                message = f"Step {step}/{total_steps}: training loss={finite:.4g}"
+                job_rows.add_event(db, job_id, "info", message, {**data, "train_loss": finite})
+
+        await self._database.run(keep)
+
+    async def event(
+        self, job_id: str, level: job_rows.Level, message: str, data: job_rows.EventData | None = None
+    ) -> JobEvent:
+        """Tell of something in a job's life. Numbers in `data` are finite."""
+        return await self._database.run(
+            lambda db: job_rows.add_event(db, job_id, level, _storable(message), data)
+        )
+
+    async def succeed(self, job_id: str, adapter_path: Path, rank: int) -> Job:
+        """End a running job with its adapter, which lies complete at `adapter_path`."""
+
+        def end(db: Connection) -> Job:
+            name = adapter_name(job_rows.get_job(db, job_id))
+            job = job_rows.move_job(db, job_id, "succeeded", fine_tuned_model=name)
+            adapter_rows.insert_adapter(db, name, job_id, self._relative(adapter_path), rank)
+            job_rows.add_event(db, job_id, "info", f"New fine-tuned model created: {name}")
+            job_rows.add_event(db, job_id, "info", "The job has successfully completed")
+            return job
+
+        return self._ended(await self._database.run(end))
+
+    async def fail(self, job_id: str, code: str, message: str) -> Job:
+        """End a running job without an adapter."""
+
+        def end(db: Connection) -> Job:
+            reason = _storable(message)
+            job = job_rows.move_job(db, job_id, "failed", error_code=code, error_message=reason)
+            job_rows.add_event(db, job_id, "error", f"Job failed: {reason}", {"code": code})
+            return job
+
+        return self._ended(await self._database.run(end))
+
+    async def finish_cancelled(self, job_id: str) -> Job:
+        """End a running job whose cancellation was asked for, once nothing of it runs any more."""
+        return self._ended(await self._database.run(lambda db: _cancelled(db, job_id)))
+
+    async def adapters(self) -> list[Adapter]:
+        """Every finished adapter, the oldest first."""
+        found = await self._database.run(adapter_rows.list_adapters)
+        return [replace(adapter, path=self._settings.home / adapter.path) for adapter in found]
+
+    async def close(self) -> None:
+        """Wait for what callers that went away have left under way."""
+        await asyncio.gather(*self._unfinished, return_exceptions=True)
+
+    # -- inside --------------------------------------------------------------------------------------------
+
+    def _ended(self, job: Job) -> Job:
+        self._cancelling.discard(job.id)
+        return job
+
+    def _relative(self, path: Path) -> Path:
+        """A path in the data directory is kept relative to it, so that the directory can be moved."""
+        home = self._settings.home
+        return path.relative_to(home) if path.is_relative_to(home) else path.absolute()
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`, which goes on when the caller is cancelled."""
+        task = asyncio.create_task(work)
+        self._unfinished.add(task)
+        task.add_done_callback(self._unfinished.discard)
+        return await asyncio.shield(task)
+
+
+def _cancelled(db: Connection, job_id: str) -> Job:
+    job = job_rows.move_job(db, job_id, "cancelled")
+    job_rows.add_event(db, job_id, "info", "Job cancelled")
+    return job
+
+
+def _refusal(report: Report) -> str:
+    first, *more = report.errors
+    others = f" (and {len(more)} more; `harli data check` lists them)" if more else ""
+    return f"the training file is refused: line {first.line}: {first.message}{others}"
+
+
+def _storable(text: str) -> str:
+    """Text that SQLite can keep and a terminal can print: one line, no half characters."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
