@@ -1,0 +1,69 @@
+"""`harli data`: look at a training file before it is uploaded. Needs no appliance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from harli_appliance.cli.output import note, print_json
+
+if TYPE_CHECKING:
+    from harli_appliance.cli.lengths import Lengths
+
+app = typer.Typer(help="Training files: check them before they are uploaded.", no_args_is_help=True)
+
+
+@app.callback()
+def data() -> None:
+    """Training files: check them before they are uploaded."""
+
+
+@app.command("check")
+def check(
+    file: Annotated[Path, typer.Argument(help="A training file: one JSON object a line.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Count tokens as this model does; the configured one when it is installed."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a training file; exit 1 when it would be refused."""
+    from harli_appliance.errors import UsageError
+    from harli_appliance.training.dataset import check_dataset
+
+    lengths = _lengths(model)
+    try:
+        if lengths is None:
+            report = check_dataset(file)
+        else:
+            report = check_dataset(file, count_tokens=lengths.count, context_length=lengths.context)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read: {error.strerror}; check the path", param="file") from error
+    if json:
+        print_json(report.as_json())
+    else:
+        for kind, findings in (("error", report.errors), ("warning", report.warnings)):
+            for finding in findings:
+                typer.echo(f"{file}:{finding.line}: {kind}: {finding.message} [{finding.code}]")
+        verdict = "ok" if report.ok else "refused"
+        typer.echo(
+            f"{file}: {verdict}, {_count(report.examples, 'good example')}, "
+            f"{_count(len(report.errors), 'error')}, {_count(len(report.warnings), 'warning')}"
+        )
+        if lengths is None:
+            note("lengths in tokens were not checked: no model is installed; name one with --model")
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def _lengths(model: str | None) -> Lengths | None:
+    """How the model counts; None when none was asked for and the configured one is not on this machine."""
+    from harli_appliance.cli.lengths import installed_lengths
+    from harli_appliance.config import load_settings
+
+    return installed_lengths(load_settings(), model)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,190 @@
+"""`harli jobs`: finetuning jobs from the shell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from harli_appliance.cli.connect import Json, Url, base_model, talk
+from harli_appliance.cli.output import note, number, print_json, print_table, when
+
+if TYPE_CHECKING:
+    from harli_appliance.api.wire import JobEventObject, JobObject
+    from harli_appliance.client import HarliClient
+
+app = typer.Typer(help="Finetuning jobs: create, watch, cancel.", no_args_is_help=True)
+
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, as 'harli jobs list' shows it.")]
+
+
+@app.command("create")
+def create(
+    file: Annotated[str, typer.Argument(help="A training file (JSONL), or the id of one already uploaded.")],
+    model: Annotated[
+        str | None, typer.Option(help="What to finetune; the base model when not given.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Times that the file is gone through.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples of one optimizer step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate, e.g. 2e-4.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Scale of the adapter.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Becomes part of the adapter's name.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same order of examples.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the job has ended.")] = False,
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """Queue a job for a training file."""
+
+    path = Path(file).expanduser()
+    local = path if path.exists() else None
+
+    async def work(client: HarliClient) -> JobObject:
+        file_id = await training_file(client, file, local)
+        return await client.create_job(
+            model or await base_model(client),
+            file_id,
+            suffix=suffix,
+            seed=seed,
+            n_epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+        )
+
+    job = talk(url, work)
+    if wait:
+        note(f"{job.id} is queued")
+        wait_for(job.id, json, url)
+    elif json:
+        print_json(job.model_dump(mode="json"))
+    else:
+        typer.echo(job.id)
+
+
+async def training_file(client: HarliClient, file: str, path: Path | None) -> str:
+    """The id of a training file: of `path` once it is uploaded, or `file` itself if that is an id already."""
+    from harli_appliance.errors import DatasetError, UsageError
+
+    if path is not None:
+        try:
+            return (await client.upload(path)).id
+        except DatasetError as error:
+            message = f"{error.message}; 'harli data check {file}' shows every fault"
+            raise DatasetError(message, findings=error.findings) from error
+    if file.startswith("file-"):
+        return file
+    raise UsageError(f"{file}: no such file; give a JSONL file or the id of an uploaded one", param="file")
+
+
+@app.command("list")
+def list_(
+    limit: Annotated[int, typer.Option(min=1, max=100, help="Jobs shown at most, newest first.")] = 20,
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """Show the newest jobs."""
+    page = talk(url, lambda client: client.jobs(limit))
+    if json:
+        print_json(page.model_dump(mode="json"))
+        return
+    rows = [
+        (
+            job.id,
+            job.status,
+            f"{job.harli.step}/{job.harli.total_steps}",
+            number(job.harli.loss),
+            when(job.created_at),
+            job.fine_tuned_model or "-",
+        )
+        for job in page.data
+    ]
+    print_table(("JOB", "STATUS", "STEP", "LOSS", "CREATED", "ADAPTER"), rows)
+    if page.has_more:
+        note(f"there are more; --limit shows up to 100 (now {limit})")
+
+
+@app.command("show")
+def show(job_id: JobId, json: Json = False, url: Url = None) -> None:
+    """Show one job."""
+    job = talk(url, lambda client: client.job(job_id))
+    if json:
+        print_json(job.model_dump(mode="json"))
+        return
+    chosen = job.hyperparameters
+    facts = {
+        "job": job.id,
+        "status": job.status,
+        "model": job.model,
+        "adapter": job.fine_tuned_model or "-",
+        "step": f"{job.harli.step} of {job.harli.total_steps}",
+        "loss": number(job.harli.loss),
+        "trained tokens": str(job.harli.trained_tokens),
+        "training file": job.training_file,
+        "epochs": str(chosen.n_epochs),
+        "batch size": str(chosen.batch_size),
+        "learning rate": f"{chosen.learning_rate:g}",
+        "LoRA": f"rank {chosen.lora_rank}, alpha {chosen.lora_alpha:g}",
+        "seed": str(job.seed),
+        "created": when(job.created_at),
+        "started": when(job.harli.started_at),
+        "finished": when(job.finished_at),
+    }
+    if job.error is not None:
+        facts["error"] = job.error.message
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+@app.command("events")
+def events(
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    url: Url = None,
+) -> None:
+    """Show what happened to a job, oldest first."""
+    from harli_appliance.cli.watching import each_event
+
+    def show_event(event: JobEventObject) -> None:
+        if json:
+            typer.echo(event.model_dump_json())
+        else:
+            mark = "" if event.level == "info" else f"{event.level}: "
+            typer.echo(f"{when(event.created_at)}  {mark}{event.message}")
+
+    talk(url, lambda client: each_event(client, job_id, show_event, follow=follow))
+
+
+@app.command("wait")
+def wait(job_id: JobId, json: Json = False, url: Url = None) -> None:
+    """Wait until a job has ended; exit 4 when it made no adapter."""
+    wait_for(job_id, json, url)
+
+
+def wait_for(job_id: str, json: bool, url: str | None) -> None:
+    from harli_appliance.cli.watching import until_ended
+    from harli_appliance.errors import JobFailed
+
+    job = talk(url, lambda client: until_ended(client, job_id))
+    if json:
+        print_json(job.model_dump(mode="json"))
+    elif job.fine_tuned_model is not None:
+        typer.echo(job.fine_tuned_model)
+    if job.status != "succeeded":
+        reason = f": {job.error.message}" if job.error is not None else ""
+        raise JobFailed(f"{job.id} {job.status}{reason}")
+
+
+@app.command("cancel")
+def cancel(job_id: JobId, json: Json = False, url: Url = None) -> None:
+    """Cancel a job that is queued or running."""
+    job = talk(url, lambda client: client.cancel_job(job_id))
+    if json:
+        print_json(job.model_dump(mode="json"))
+    else:
+        typer.echo(f"{job.id} {job.status}")

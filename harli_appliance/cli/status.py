@@ -1,0 +1,148 @@
+"""`harli status`, `ps`, `models` and `top`: what the appliance does right now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from harli_appliance.cli.connect import Json, Url, connect, talk
+from harli_appliance.cli.output import note, number, print_json, print_table
+
+if TYPE_CHECKING:
+    from harli_appliance.schema import Status
+
+
+def status(json: Json = False, url: Url = None) -> None:
+    """Show state, latency against its target, throughput, memory and jobs."""
+    now = talk(url, lambda client: client.status())
+    if json:
+        print_json(now.model_dump(mode="json"))
+        return
+    serving, training, pool = now.serving, now.training, now.pool
+    attainment = number(now.slo.attainment, ".1%")
+    job = f", job {training.job} at step {training.step}/{training.total_steps}" if training.job else ""
+    facts = {
+        "state": f"{now.state} for {duration(now.uptime_s)}, version {now.version}",
+        "model": f"{now.model} on {now.device}",
+        "policy": f"{now.policy}, now {now.mode} ({now.reason})",
+        "TPOT": f"p50 {ms(serving.tpot_ms.p50)}, p99 {ms(serving.tpot_ms.p99)}, target {ms(now.slo.tpot_ms)}",
+        "TTFT": f"p50 {ms(serving.ttft_ms.p50)}, p99 {ms(serving.ttft_ms.p99)}, target {ms(now.slo.ttft_ms)}",
+        "attainment": f"{attainment} of recent requests met both targets",
+        "requests": f"{serving.running} running, {serving.waiting} waiting, "
+        f"{serving.requests} in all, {serving.failed} failed",
+        "serving": f"{serving.output_tokens_per_s:.1f} tokens/s",
+        "training": f"{training.tokens_per_s:.1f} tokens/s{job}",
+        "partition": f"inference {now.partition.inference}, training {now.partition.training}",
+        "pool": f"{pool.slots} slots: {pool.serving} serving, {pool.cached} cached, "
+        f"{pool.leased} leased, {pool.free} free",
+    }
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+def ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f} ms"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {rest:02}s"
+
+
+def ps(json: Json = False, url: Url = None) -> None:
+    """Show what is running: requests, models and jobs."""
+    now = talk(url, lambda client: client.status())
+    active = [job for job in now.jobs if job.status in ("queued", "running")]
+    if json:
+        print_json(
+            {
+                "requests": {"running": now.serving.running, "waiting": now.serving.waiting},
+                "models": [model.model_dump(mode="json") for model in now.models],
+                "jobs": [job.model_dump(mode="json") for job in active],
+            }
+        )
+        return
+    typer.echo(f"{now.serving.running} requests running, {now.serving.waiting} waiting\n")
+    print_table(
+        ("MODEL", "KIND", "MADE BY"), [(model.id, model.kind, model.job or "-") for model in now.models]
+    )
+    if active:
+        typer.echo()
+        _print_jobs(now)
+
+
+def _print_jobs(now: Status) -> None:
+    rows = [
+        (job.id, job.status, f"{job.step}/{job.total_steps}", number(job.loss))
+        for job in now.jobs
+        if job.status in ("queued", "running")
+    ]
+    print_table(("JOB", "STATUS", "STEP", "LOSS"), rows)
+
+
+def models(json: Json = False, url: Url = None) -> None:
+    """Show the models that are served, those on this machine, and those that can be fetched."""
+    from harli_appliance.config import load_settings
+    from harli_appliance.errors import ApplianceUnavailable
+    from harli_appliance.models.catalog import CATALOG, installed_models
+
+    installed = installed_models(load_settings())
+    have = {model.name for model in installed}
+    fetchable = [entry for name, entry in CATALOG.items() if name not in have]
+    try:
+        served = talk(url, lambda client: client.models())
+    except ApplianceUnavailable as error:
+        note(f"{error.message}; showing what is on this machine")
+        served = None
+    if json:
+        print_json(
+            {
+                "served": None if served is None else [model.model_dump(mode="json") for model in served],
+                "installed": [
+                    {"name": model.name, "path": str(model.path), "architecture": model.architecture}
+                    for model in installed
+                ],
+                "fetchable": [
+                    {"name": entry.name, "description": entry.description, "license": entry.license}
+                    for entry in fetchable
+                ],
+            }
+        )
+        return
+    rows = [
+        (
+            model.id,
+            "served",
+            model.harli.kind if model.harli.parent is None else f"adapter of {model.harli.parent}",
+        )
+        for model in served or []
+    ]
+    rows += [(model.name, "installed", str(model.path)) for model in installed]
+    rows += [(entry.name, "fetched when served", entry.description) for entry in fetchable]
+    print_table(("MODEL", "STATE", "WHAT"), rows)
+
+
+def top(
+    once: Annotated[bool, typer.Option("--once", help="Print one snapshot as text and end.")] = False,
+    theme: Annotated[
+        str | None, typer.Option(envvar="HARLI_THEME", help="Colours: the name of a file in themes/.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one snapshot as JSON and end.")] = False,
+    url: Url = None,
+) -> None:
+    """Watch the appliance live in a dashboard."""
+    if json:
+        status(json=True, url=url)
+        return
+    client = connect(url)
+    if once:
+        from harli_appliance.tui.snapshot import print_snapshot
+
+        print_snapshot(client)
+        return
+    from harli_appliance.tui.app import HarliTop
+
+    HarliTop(client, theme_name=theme).run()
