@@ -7,13 +7,14 @@ Invariants (checked by `check`, by property tests, and by SGLang's own leak chec
   the watermark; when they come to need more, leases are reclaimed and a holder lets go within one work unit;
 - no slot is handed out twice, and none is lost when a holder fails.
 
-Threads: `grant`, `settle`, `shortage` and `reclaim` run on the inference lane between steps, where the slot
-source may be touched. `Lease.release` may be called from anywhere; its slots return at the next `settle`.
-Knows slots and leases; does not know what a lease is for, nor SGLang.
+`grant`, `settle`, `shortage` and `use` run on the inference lane between steps, where the slot source may be
+touched; `revoke` and `Lease.release` on the event loop. Released slots return at the next `settle`. Knows slots
+and leases; does not know what a lease is for, nor SGLang.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,30 +63,31 @@ class Lease:
     boundary; what lies in the slots is lost.
     """
 
-    def __init__(self, pool: SlotPool, indices: Tensor, on_revoke: Callable[[], None]) -> None:
+    def __init__(self, indices: Tensor, on_revoke: Callable[[], None], on_release: Callable[[Lease], None]):
         self.indices = indices
-        self._pool = pool
+        self.revoked = False
         self._on_revoke = on_revoke
-        self._revoked = False
-        self._released = False
+        self._on_release = on_release
+        self._released = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    @property
-    def revoked(self) -> bool:
-        return self._revoked
-
-    def _revoke(self) -> None:
-        if not self._revoked:
-            self._revoked = True
+    def revoke(self) -> None:
+        """Ask the holder to let go; idempotent."""
+        if not self.revoked:
+            self.revoked = True
             self._on_revoke()
 
     def release(self) -> None:
         """Let go of the slots; idempotent."""
-        if not self._released:
-            self._released = True
-            self._pool._returned(self)
+        if not self._released.is_set():
+            self._released.set()
+            self._on_release(self)
+
+    async def released(self) -> None:
+        """Wait until the holder has let go."""
+        await self._released.wait()
 
 
 class SlotPool:
@@ -103,8 +105,8 @@ class SlotPool:
         self._source = source
         self._reserve = int(source.size * watermark)
         self._evict_cache = evict_cache
-        self._returns = threading.Condition()
-        self._to_settle: list[Lease] = []
+        self._lock = threading.Lock()
+        self._returned: list[Lease] = []
         self._held: set[Lease] = set()
         self._leased = 0
         self._leased_max = 0
@@ -123,7 +125,7 @@ class SlotPool:
         """Lease `count` slots, or None while serving needs them.
 
         Args:
-            on_revoke: called at most once, from the inference lane, when the lease must be given up.
+            on_revoke: called on the event loop, at most once, when the lease must be given up.
         """
         self.settle()
         counts = self._source.counts()
@@ -133,19 +135,20 @@ class SlotPool:
         indices = self._source.take(count, evict=self._evict_cache)
         if indices is None:
             return None
-        lease = Lease(self, indices, on_revoke)
-        self._held.add(lease)
-        self._leased += count
-        self._leased_max = max(self._leased_max, self._leased)
+        lease = Lease(indices, on_revoke, self._take_back)
+        with self._lock:
+            self._held.add(lease)
+            self._leased += count
+            self._leased_max = max(self._leased_max, self._leased)
         return lease
 
     def settle(self) -> None:
         """Give the slots of released leases back to the source."""
-        with self._returns:
-            returned, self._to_settle = self._to_settle, []
+        with self._lock:
+            returned, self._returned = self._returned, []
+            self._held.difference_update(returned)
+            self._leased -= sum(map(len, returned))
         for lease in returned:
-            self._held.discard(lease)
-            self._leased -= len(lease)
             self._source.give(lease.indices)
 
     def shortage(self) -> int:
@@ -155,27 +158,21 @@ class SlotPool:
         counts = self._source.counts()
         return max(0, min(self._leased, self._source.demand() - counts.free - counts.cached))
 
-    def reclaim(self, slots: int, timeout_s: float = 60.0) -> None:
-        """Take back at least `slots` leased slots; returns when they are free, after one work unit at most.
-
-        Raises:
-            TimeoutError: a holder did not let go in `timeout_s`, which no work unit takes.
-        """
+    def revoke(self, slots: int) -> list[Lease]:
+        """Ask holders of at least `slots` slots to let go; await `Lease.released` of what is returned."""
         wanted: list[Lease] = []
-        for lease in self._held:
-            if sum(map(len, wanted)) >= slots:
-                break
-            wanted.append(lease)
+        with self._lock:
+            for lease in self._held:
+                if sum(map(len, wanted)) >= slots:
+                    break
+                wanted.append(lease)
+            self._reclaims += sum(not lease.revoked for lease in wanted)
         for lease in wanted:
-            lease._revoke()
-        with self._returns:
-            if not self._returns.wait_for(lambda: all(lease._released for lease in wanted), timeout_s):
-                raise TimeoutError(f"training kept {sum(map(len, wanted))} slots for over {timeout_s:.0f} s")
-        self._reclaims += len(wanted)
-        self.settle()
+            lease.revoke()
+        return wanted
 
     def use(self) -> PoolUse:
-        """Who owns what now; call between steps."""
+        """Who owns what now."""
         counts = self._source.counts()
         return PoolUse(
             slots=self.size,
@@ -187,7 +184,6 @@ class SlotPool:
             reclaims=self._reclaims,
         )
 
-    def _returned(self, lease: Lease) -> None:
-        with self._returns:
-            self._to_settle.append(lease)
-            self._returns.notify_all()
+    def _take_back(self, lease: Lease) -> None:
+        with self._lock:
+            self._returned.append(lease)

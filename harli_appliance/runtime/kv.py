@@ -15,6 +15,11 @@ from torch import Tensor
 from harli_appliance.memory.pool import SlotCounts
 from harli_appliance.runtime.sglang_runtime import SglangRuntime
 
+ADMISSION_CLIP = 4096
+"""SGLang reserves at most this many answer tokens for a request (``SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION``)."""
+HORIZON = 512
+"""Tokens that running answers may grow by while no request waits; leases come back within one work unit."""
+
 
 class SglangSlots:
     """The slots of a runtime's KV cache; implements `harli_appliance.memory.pool.SlotSource`."""
@@ -39,19 +44,27 @@ class SglangSlots:
         return SlotCounts(free=free, cached=cached, serving=self._size - self._taken - free - cached)
 
     def demand(self) -> int:
-        """Slots that admitted and waiting requests may still ask for, counting each answer at full length."""
+        """Slots that requests may ask for before leases could be taken back.
+
+        With requests waiting, all that SGLang's admission reckons with (it counts at most `ADMISSION_CLIP`
+        tokens of an answer); otherwise what running ones may grow by within `HORIZON` tokens.
+        """
         scheduler = self._scheduler
-        growing = {id(request): request for request in scheduler.running_batch.reqs}
-        if scheduler.last_batch is not None:  # a prefill batch joins the running one at the next plan
-            growing |= {id(request): request for request in scheduler.last_batch.reqs}
-        slots = sum(
-            request.sampling_params.max_new_tokens - len(request.output_ids)
-            for request in growing.values()
-            if not request.finished()
-        )
         chunked = scheduler.chunked_req
         waiting = [*scheduler.waiting_queue, *([chunked] if chunked is not None else [])]
-        slots += sum(len(r.origin_input_ids) + r.sampling_params.max_new_tokens for r in waiting)
+        clip = ADMISSION_CLIP if waiting else HORIZON
+        running = {id(request): request for request in scheduler.running_batch.reqs}
+        if scheduler.last_batch is not None:  # a prefill batch joins the running one at the next plan
+            running |= {id(request): request for request in scheduler.last_batch.reqs}
+        slots = sum(
+            min(request.sampling_params.max_new_tokens - len(request.output_ids), clip)
+            for request in running.values()
+            if not request.finished()
+        )
+        slots += sum(
+            len(request.origin_input_ids) + min(request.sampling_params.max_new_tokens, clip)
+            for request in waiting
+        )
         return int(slots)
 
     def take(self, count: int, *, evict: bool) -> Tensor | None:

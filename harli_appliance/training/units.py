@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,11 +31,15 @@ UnitKind = Literal["forward", "loss", "backward", "step"]
 
 @dataclass(frozen=True, slots=True)
 class WorkUnit:
-    """The grain of preemption. `run` is called once, in order, on the training lane."""
+    """The grain of preemption. `run` is called once, in order, on the training lane.
+
+    `credit` is what the unit adds to the count of trained tokens: a token counts fully once its backward has
+    gone through every layer.
+    """
 
     kind: UnitKind
-    tokens: int
     run: Callable[[], None]
+    credit: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +120,7 @@ class MicroBatch:
         self._row_count = -(-backbone.hidden_size // backbone.kv_width)
         self._cos, self._sin = backbone.rotary(sequence.positions)
         self._lay_out(buffers, slots)
+        self.tokens = len(sequence)
         self.loss = 0.0
         self.gradients: list[list[Tensor] | None] = [None] * len(backbone.layers)
 
@@ -142,12 +148,12 @@ class MicroBatch:
         last = len(self._backbone.layers) - 1
         for a, b in windows:
             for layer in range(last + 1):
-                yield WorkUnit("forward", b - a, lambda layer=layer, a=a, b=b: self._forward(layer, a, b))
+                yield WorkUnit("forward", partial(self._forward, layer, a, b))
         for a, b in self._loss_ranges():
-            yield WorkUnit("loss", b - a, lambda a=a, b=b: self._loss(a, b))
+            yield WorkUnit("loss", partial(self._loss, a, b))
         for layer in range(last, -1, -1):
             for a, b in reversed(windows):
-                yield WorkUnit("backward", b - a, lambda layer=layer, a=a, b=b: self._backward(layer, a, b))
+                yield WorkUnit("backward", partial(self._backward, layer, a, b), (b - a) / (last + 1))
 
     def _windows(self) -> list[tuple[int, int]]:
         size = len(self._sequence)

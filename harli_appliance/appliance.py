@@ -1,0 +1,549 @@
+"""The appliance: every subsystem, put together. Nothing else constructs two of them.
+
+Answers the HTTP API's port. `open` checks everything that can be wrong before anything is started; `start` loads
+the model and runs the engine and the trainer; `close` stops them in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import structlog
+import torch
+
+from harli_appliance import __version__
+from harli_appliance.api.ports import ChatCall, Generation, Job, JobEvent, JobSpec, StoredFile, TextDelta
+from harli_appliance.config import Settings
+from harli_appliance.device.partition import Partition, cpu_name, cpu_partition, describe_cores
+from harli_appliance.engine.engine import Engine
+from harli_appliance.engine.lanes import Lane
+from harli_appliance.engine.slo import Quantiles, RequestTiming, SloTracker
+from harli_appliance.engine.streams import TokenStream
+from harli_appliance.engine.telemetry import pool_view
+from harli_appliance.errors import (
+    ApplianceUnavailable,
+    HarliError,
+    NotFound,
+    UnsupportedParameter,
+    UsageError,
+)
+from harli_appliance.memory.pool import SlotPool
+from harli_appliance.models.catalog import architecture_of, resolve_model, supported_for_finetuning
+from harli_appliance.runtime.protocol import NewTokens, Sampling, Submission
+from harli_appliance.runtime.text import Decoder, TextCodec
+from harli_appliance.scheduling.predictor import Predictor
+from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.schema import (
+    JobView,
+    ModelView,
+    PartitionView,
+    Percentiles,
+    PolicyChange,
+    PredictorView,
+    ServingView,
+    SloView,
+    Status,
+    Timeline,
+    TrainingView,
+)
+from harli_appliance.store.database import Database
+from harli_appliance.store.lock import HomeLock
+from harli_appliance.store.predictor import load_predictor, save_predictor
+from harli_appliance.store.usage import RequestUsage, UsageLog
+from harli_appliance.training.backbone import Backbone
+from harli_appliance.training.hyperparameters import adapter_name
+from harli_appliance.training.job_run import JobRun, RunOptions
+from harli_appliance.training.queue import JobQueue
+from harli_appliance.training.trainer import Trainer
+
+log = structlog.get_logger(__name__)
+
+SAVE_PREDICTOR_EVERY_S = 60.0
+SHOWN_JOBS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """An adapter that requests can name."""
+
+    name: str
+    adapter_id: str
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the usage log wants to know about a request when it ends."""
+
+    model: str
+    prompt_tokens: int
+
+
+class _Answer(Generation):
+    """One running chat completion."""
+
+    def __init__(self, stream: TokenStream, decoder: Decoder, prompt_tokens: int) -> None:
+        self._stream = stream
+        self._decoder = decoder
+        self._prompt_tokens = prompt_tokens
+        self._cached_tokens = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._prompt_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        return self._cached_tokens
+
+    def abort(self) -> None:
+        self._stream.abort()
+
+    async def __aiter__(self) -> AsyncIterator[TextDelta]:
+        pending = 0
+        async for item in self._stream:
+            self._cached_tokens = item.cached_tokens
+            text = self._decoder.push(item.tokens)
+            pending += len(item.tokens)
+            finish: Literal["stop", "length"] | None = None
+            if item.finish is not None:
+                text += self._decoder.finish()
+                finish = "length" if item.finish == "length" else "stop"
+            if text or finish:
+                yield TextDelta(text, pending, finish)
+                pending = 0
+
+
+class Appliance:
+    """Serving, finetuning and operations of one model on one machine. Build it with `open`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        lock: HomeLock,
+        database: Database,
+        usage: UsageLog,
+        folder: Path,
+        codec: TextCodec,
+        partition: Partition,
+    ) -> None:
+        self._settings = settings
+        self._lock = lock
+        self._database = database
+        self._usage = usage
+        self._folder = folder
+        self._codec = codec
+        self._partition = partition
+        self._name = settings.model.served_name or folder.name
+        self._state: Literal["starting", "ready", "stopping"] = "starting"
+        self._started = time.monotonic()
+        self._queue = JobQueue(
+            database,
+            settings,
+            model=self._name,
+            count_tokens=codec.count_tokens,
+            context_length=settings.model.context_length,
+        )
+        self._inference = Lane("inference", partition.inference)
+        self._training = Lane("training", partition.training)
+        self._slo = SloTracker(settings.slo.tpot_ms, settings.slo.ttft_ms)
+        self._scheduler = Scheduler(Predictor(settings.scheduling.bound_quantile), settings.scheduling.policy)
+        self._adapters: dict[str, _Served] = {}
+        self._asked: dict[str, _Asked] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._background: set[asyncio.Task[None]] = set()
+
+    # -- life --------------------------------------------------------------------------------------------
+
+    @classmethod
+    async def open(cls, settings: Settings) -> Appliance:
+        """Take the data directory and check what was asked for; loads no weights.
+
+        Raises:
+            HarliError: the directory is taken, the model cannot be had, or a setting does not fit the machine.
+        """
+        if settings.device.kind == "cuda" and not torch.cuda.is_available():
+            raise UsageError("device.kind is 'cuda' but torch sees no GPU; run 'harli doctor'")
+        lock = HomeLock(settings.home)
+        lock.acquire()
+        async with contextlib.AsyncExitStack() as undo:
+            undo.callback(lock.release)
+            folder = await asyncio.to_thread(resolve_model, settings.model.path, settings)
+            partition = cpu_partition(settings.device.inference_cores, settings.device.training_cores)
+            codec = await asyncio.to_thread(TextCodec, folder)
+            database = await Database.open(settings.database)
+            undo.push_async_callback(database.close)
+            usage = await UsageLog.open(settings.home)
+            undo.push_async_callback(usage.close)
+            appliance = cls(settings, lock, database, usage, folder, codec, partition)
+            undo.pop_all()
+            return appliance
+
+    async def start(self) -> None:
+        """Load the model, take up interrupted jobs, and begin to tick."""
+        # Imported here: SGLang takes seconds to import, and `open` should complain before that.
+        from harli_appliance.runtime.kv import SglangSlots
+        from harli_appliance.runtime.sglang_runtime import RuntimeOptions, SglangRuntime
+        from harli_appliance.runtime.weights import shared_model
+
+        torch.set_num_threads(1)  # a second OpenMP thread collapses when the other lane is busy
+        settings = self._settings
+        options = RuntimeOptions(
+            model=self._folder,
+            pool_slots=settings.memory.pool_slots,
+            context_length=settings.model.context_length,
+            max_running_requests=settings.model.max_running_requests,
+            chunked_prefill_tokens=settings.model.chunked_prefill_tokens,
+            max_lora_rank=settings.training.max_lora_rank,
+            max_adapters=settings.training.max_adapters,
+            lora=self._finetunes,
+        )
+        self._runtime = await self._inference.run(SglangRuntime, options)
+        self._slots = await self._inference.run(SglangSlots, self._runtime)
+        self._pool = SlotPool(
+            self._slots,
+            watermark=settings.memory.watermark,
+            evict_cache=settings.memory.evict_cache_for_training,
+        )
+        if self._finetunes:
+            twin = await self._training.run(shared_model, self._runtime.model, self._folder)
+            self._backbone = Backbone(twin)
+        self._trainer = Trainer(
+            self._queue,
+            self._pool,
+            start_job=self._start_job,
+            finish_job=self._finish_job,
+            lane=self._training,
+            memory_lane=self._inference,
+            on_ready=lambda: self._engine.wake(),
+        )
+        self._engine = Engine(
+            self._runtime,
+            self._pool,
+            self._scheduler,
+            self._trainer,
+            self._slo,
+            self._inference,
+            self._training,
+            max_queued=settings.server.max_queued_requests,
+        )
+        self._engine.on_finished = self._record
+        await self._restore()
+        self._tasks.append(asyncio.create_task(self._engine.run(), name="engine"))
+        self._tasks.append(asyncio.create_task(self._save_predictor_forever(), name="predictor"))
+        if self._finetunes and settings.training.enabled:
+            self._tasks.append(asyncio.create_task(self._trainer.run(), name="trainer"))
+        self._state = "ready"
+
+    @property
+    def _finetunes(self) -> bool:
+        return supported_for_finetuning(architecture_of(self._folder))
+
+    async def _restore(self) -> None:
+        """What earlier processes left: the predictor, interrupted jobs, finished adapters."""
+        saved = await self._database.run(lambda db: load_predictor(db, *self._predictor_key))
+        if saved is not None:
+            self._scheduler.predictor.restore(saved)
+        await self._queue.recover()
+        for adapter in await self._queue.adapters():
+            try:
+                await self._serve_adapter(adapter.name, adapter.job_id, adapter.path)
+            except HarliError as error:
+                log.error("an adapter cannot be served", adapter=adapter.name, why=error.message)
+
+    @property
+    def _predictor_key(self) -> tuple[str, str, str]:
+        lanes = f"{len(self._partition.inference)}+{len(self._partition.training)}"
+        return f"{cpu_name()} {lanes}", self._name, __version__
+
+    async def _save_predictor_forever(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_PREDICTOR_EVERY_S)
+            await self._save_predictor()
+
+    async def _save_predictor(self) -> None:
+        state = self._scheduler.predictor.state()
+        await self._database.run(lambda db: save_predictor(db, *self._predictor_key, state))
+
+    async def close(self) -> None:
+        """Stop ticking, keep what was learned, let go of the directory. Running jobs resume at the next start."""
+        was_ready = self._state == "ready"
+        self._state = "stopping"
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await asyncio.to_thread(self._training.close)
+        await asyncio.to_thread(self._inference.close)
+        if was_ready:
+            await self._save_predictor()
+        await self._queue.close()
+        await self._usage.close()
+        await self._database.close()
+        self._lock.release()
+
+    # -- finetuning, for the trainer ---------------------------------------------------------------------
+
+    def _start_job(self, job: Job, data: Path) -> JobRun:
+        training = self._settings.training
+        return JobRun(
+            job,
+            data,
+            self._backbone,
+            self._codec,
+            (self._slots.k_buffers, self._slots.v_buffers),
+            RunOptions(
+                window_tokens=training.window_tokens,
+                sequence_tokens=training.sequence_tokens,
+                checkpoint_every_steps=training.checkpoint_every_steps,
+                keep_checkpoints=training.keep_checkpoints,
+                checkpoints=self._settings.checkpoints,
+            ),
+            self._pool.leasable,
+        )
+
+    async def _finish_job(self, job: Job, run: JobRun) -> None:
+        folder = self._settings.adapters / job.id
+        await self._training.run(run.save_adapter, folder)
+        await self._serve_adapter(adapter_name(job), job.id, folder)
+        await self._queue.succeed(job.id, folder, job.lora_rank)
+        await asyncio.to_thread(run.discard_checkpoints)
+
+    async def _serve_adapter(self, name: str, job: str, folder: Path) -> None:
+        adapter_id = f"{job}-{uuid.uuid4().hex[:8]}"
+        await self._inference.run(self._runtime.load_adapter, adapter_id, name, str(folder))
+        self._adapters[name] = _Served(name, adapter_id, job)
+
+    # -- serving -----------------------------------------------------------------------------------------
+
+    def models(self) -> list[ModelView]:
+        base = ModelView(id=self._name, kind="base")
+        served = [
+            ModelView(id=adapter.name, kind="adapter", parent=self._name, job=adapter.job)
+            for adapter in self._adapters.values()
+        ]
+        return [base, *served]
+
+    async def chat(self, call: ChatCall) -> Generation:
+        """Begin an answer.
+
+        Raises:
+            ApplianceUnavailable: not ready. NotFound: unknown model. UsageError: the prompt does not fit.
+            Overloaded: too many requests wait.
+        """
+        self._require_ready()
+        adapter = self._adapter_of(call.model)
+        if call.seed is not None and call.temperature > 0:
+            raise UnsupportedParameter(
+                "seed is only supported with temperature 0, where answers repeat anyway", param="seed"
+            )
+        prompt = self._codec.encode_chat(call.messages)
+        submission = Submission(
+            id=f"chatcmpl-{uuid.uuid4().hex}",
+            prompt=prompt,
+            sampling=Sampling(
+                max_tokens=self._fitting(len(prompt), call.max_tokens),
+                temperature=call.temperature,
+                top_p=call.top_p,
+                top_k=call.top_k,
+                min_p=call.min_p,
+                frequency_penalty=call.frequency_penalty,
+                presence_penalty=call.presence_penalty,
+                stop=call.stop,
+                ignore_eos=call.ignore_eos,
+            ),
+            adapter=adapter,
+        )
+        stream = self._engine.submit(submission)
+        self._asked[submission.id] = _Asked(call.model, len(prompt))
+        return _Answer(stream, self._codec.decoder(call.stop), len(prompt))
+
+    def _require_ready(self) -> None:
+        if self._state != "ready":
+            raise ApplianceUnavailable(f"the appliance is {self._state}; try again in a moment")
+
+    def _adapter_of(self, model: str) -> str | None:
+        if model == self._name:
+            return None
+        if model not in self._adapters:
+            raise NotFound(
+                f"model {model!r} does not exist; GET /v1/models lists those that do",
+                code="model_not_found",
+                param="model",
+            )
+        return self._adapters[model].adapter_id
+
+    def _fitting(self, prompt: int, wanted: int | None) -> int:
+        """How many tokens the answer may have."""
+        room = self._runtime.context_length - prompt
+        if room < 1 or (wanted is not None and wanted > room):
+            asked = f" and {wanted} of the answer" if wanted is not None else ""
+            raise UsageError(
+                f"{prompt} tokens of the prompt{asked} exceed the context of "
+                f"{self._runtime.context_length} tokens; shorten the messages or lower max_tokens",
+                code="context_length_exceeded",
+                param="messages",
+            )
+        return wanted if wanted is not None else room
+
+    def _record(self, item: NewTokens, timing: RequestTiming) -> None:
+        asked = self._asked.pop(item.request, None)
+        if asked is None:
+            return
+        usage = RequestUsage(
+            id=item.request,
+            model=asked.model,
+            prompt_tokens=asked.prompt_tokens,
+            output_tokens=timing.tokens,
+            ttft_ms=timing.ttft_ms,
+            tpot_ms=timing.tpot_ms,
+            finish_reason=item.finish or "stop",
+            created_at=int(time.time()),
+        )
+        task = asyncio.create_task(self._usage.add(usage))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    # -- fine-tuning port --------------------------------------------------------------------------------
+
+    async def create_file(self, path: Path, filename: str, purpose: str) -> StoredFile:
+        return await self._queue.create_file(path, filename, purpose)
+
+    async def files(self) -> list[StoredFile]:
+        return await self._queue.files()
+
+    async def file(self, file_id: str) -> StoredFile:
+        return await self._queue.file(file_id)
+
+    async def file_path(self, file_id: str) -> Path:
+        return await self._queue.file_path(file_id)
+
+    async def delete_file(self, file_id: str) -> None:
+        await self._queue.delete_file(file_id)
+
+    async def create_job(self, spec: JobSpec) -> Job:
+        if not self._finetunes:
+            raise UsageError(
+                f"{architecture_of(self._folder)} can be served but not finetuned", param="model"
+            )
+        if not self._settings.training.enabled:
+            raise UsageError("finetuning is switched off (training.enabled = false)")
+        return await self._queue.create_job(spec)
+
+    async def jobs(self, limit: int = 20, after: str | None = None) -> tuple[list[Job], bool]:
+        return await self._queue.jobs(limit, after)
+
+    async def job(self, job_id: str) -> Job:
+        return await self._queue.job(job_id)
+
+    async def events(
+        self, job_id: str, limit: int = 20, after: str | None = None
+    ) -> tuple[list[JobEvent], bool]:
+        return await self._queue.events(job_id, limit, after)
+
+    async def cancel_job(self, job_id: str) -> Job:
+        job = await self._queue.cancel_job(job_id)
+        if self._state == "ready":
+            self._trainer.wake()
+        return job
+
+    # -- operations --------------------------------------------------------------------------------------
+
+    def ready(self) -> bool:
+        return self._state == "ready"
+
+    def timeline(self, since: int) -> Timeline:
+        self._require_ready()
+        return self._engine.telemetry.since(since)
+
+    async def change_policy(self, change: PolicyChange) -> Status:
+        self._require_ready()
+        if change.slo_tpot_ms is not None:
+            self._slo.tpot_ms = change.slo_tpot_ms
+        if change.slo_ttft_ms is not None:
+            self._slo.ttft_ms = change.slo_ttft_ms
+        if change.policy is not None:
+            self._engine.use_policy(change.policy)
+        return await self.status()
+
+    async def status(self) -> Status:
+        self._require_ready()
+        engine, trainer = self._engine.state(), self._trainer.state()
+        slo, predictor = self._slo, self._scheduler.predictor
+        recent, _ = await self._queue.jobs(limit=SHOWN_JOBS)
+        return Status(
+            version=__version__,
+            state="degraded" if engine.degraded else self._state,
+            uptime_s=time.monotonic() - self._started,
+            model=self._name,
+            device=f"{cpu_name()} ({os.cpu_count()} cores)",
+            policy=self._scheduler.policy_name,
+            mode=engine.decision.mode,
+            reason=engine.decision.reason,
+            slo=SloView(tpot_ms=slo.tpot_ms, ttft_ms=slo.ttft_ms, attainment=slo.attainment),
+            serving=ServingView(
+                running=engine.depth.running,
+                waiting=engine.depth.waiting,
+                requests=slo.requests,
+                failed=slo.failed,
+                tpot_ms=_percentiles(slo.tpot),
+                itl_ms=_percentiles(slo.itl),
+                ttft_ms=_percentiles(slo.ttft),
+                output_tokens=engine.output_tokens,
+                output_tokens_per_s=engine.output_tokens_per_s,
+            ),
+            training=TrainingView(
+                tokens=trainer.tokens,
+                tokens_per_s=engine.training_tokens_per_s,
+                job=trainer.job,
+                step=trainer.step,
+                total_steps=trainer.total_steps,
+                loss=trainer.loss,
+                dropped_micro_batches=trainer.dropped_micro_batches,
+            ),
+            partition=PartitionView(
+                inference=describe_cores(self._partition.inference),
+                training=describe_cores(self._partition.training),
+                inference_share=self._partition.inference_share,
+            ),
+            pool=pool_view(engine.pool),
+            predictor=PredictorView(
+                samples=predictor.samples,
+                median_error=predictor.median_error,
+                above_bound=predictor.above_bound,
+            ),
+            jobs=_job_views(recent),
+            models=self.models(),
+        )
+
+
+def _percentiles(values: Quantiles) -> Percentiles:
+    return Percentiles(p50=values.at(50), p99=values.at(99), last=values.last)
+
+
+def _job_views(jobs: Sequence[Job]) -> list[JobView]:
+    """Active jobs first, then the most recent."""
+    active = [job for job in jobs if job.status in ("running", "queued")]
+    ended = [job for job in jobs if job.status not in ("running", "queued")]
+    return [
+        JobView(
+            id=job.id,
+            status=job.status,
+            model=job.model,
+            fine_tuned_model=job.fine_tuned_model,
+            step=job.step,
+            total_steps=job.total_steps,
+            loss=job.loss,
+            created_at=job.created_at,
+            error=job.error_message,
+        )
+        for job in (*active, *ended)
+    ]

@@ -1,0 +1,312 @@
+"""The engine: one tick after the other, both lanes, until stopped.
+
+A tick plans, decides, launches both lanes, collects and observes. SGLang and the pool are touched on the
+inference lane only; the engine itself lives on the event loop. Does not know HTTP or SQL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from harli_appliance.config import PolicyName
+from harli_appliance.engine.lanes import Lane
+from harli_appliance.engine.slo import RequestTiming, SloTracker
+from harli_appliance.engine.streams import TokenStream
+from harli_appliance.engine.telemetry import SAMPLE_EVERY_S, Rate, Telemetry
+from harli_appliance.errors import Overloaded
+from harli_appliance.memory.pool import PoolUse, SlotPool
+from harli_appliance.runtime.protocol import NewTokens, QueueDepth, Runtime, StepPlan, Submission
+from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.scheduling.types import Decision, Step
+from harli_appliance.training.trainer import Trainer
+
+log = structlog.get_logger(__name__)
+
+CORUN_SHARE = 0.9
+"""A step counts as co-run when the training lane was busy for this share of it, as solo below the rest."""
+FAULTS_TO_DEGRADE = 5
+FAULT_WINDOW_S = 60.0
+FAULT_PAUSE_S = 0.1
+STALL_S = 0.005
+"""How soon to plan again when requests wait but none can run (the cache is full of running ones)."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """A snapshot for the dashboard."""
+
+    decision: Decision
+    depth: QueueDepth
+    pool: PoolUse
+    output_tokens: int
+    output_tokens_per_s: float
+    training_tokens_per_s: float
+    degraded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    """The next batch, or the slots that must come back from training before there can be one."""
+
+    plan: StepPlan | None
+    shortage: int
+
+
+class Engine:
+    """Drives a runtime and a trainer over two lanes.
+
+    Args:
+        max_queued: requests that may wait for their first step; more are refused.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        pool: SlotPool,
+        scheduler: Scheduler,
+        trainer: Trainer,
+        slo: SloTracker,
+        inference: Lane,
+        training: Lane,
+        *,
+        max_queued: int,
+    ) -> None:
+        self.slo = slo
+        self.telemetry = Telemetry()
+        self.on_finished: Callable[[NewTokens, RequestTiming], None] | None = None
+        self._runtime = runtime
+        self._pool = pool
+        self._scheduler = scheduler
+        self._trainer = trainer
+        self._inference = inference
+        self._training = training
+        self._max_queued = max_queued
+        self._work = asyncio.Event()
+        self._streams: dict[str, TokenStream] = {}
+        self._submissions: deque[Submission] = deque()
+        self._aborts: deque[str] = deque()
+        self._refused: deque[NewTokens] = deque()
+        self._depth = QueueDepth(0, 0)
+        self._decision = Decision("idle", "nothing_to_do", serve=False, units=0)
+        self._pool_use = pool.use()
+        self._output_tokens = 0
+        self._output_rate, self._training_rate = Rate(), Rate()
+        self._rates = (0.0, 0.0)
+        self._faults: deque[float] = deque(maxlen=FAULTS_TO_DEGRADE)
+        self._last_loss: float | None = None
+
+    # -- requests ----------------------------------------------------------------------------------------
+
+    def submit(self, submission: Submission) -> TokenStream:
+        """Queue a request.
+
+        Raises:
+            Overloaded: the queue is full.
+        """
+        waiting = self._depth.waiting + len(self._submissions)
+        if waiting >= self._max_queued:
+            raise Overloaded(f"{waiting} requests are waiting already; try again later")
+        stream = TokenStream(submission.id, self._abort)
+        self._streams[submission.id] = stream
+        self._submissions.append(submission)
+        self.slo.arrived(submission.id, time.perf_counter())
+        self.wake()
+        return stream
+
+    def _abort(self, request: str) -> None:
+        self._aborts.append(request)
+        self.wake()
+
+    def wake(self) -> None:
+        """Make an idle engine look again: something arrived or changed."""
+        self._work.set()
+
+    def use_policy(self, policy: PolicyName) -> None:
+        self._scheduler.use(policy)
+        self.wake()
+
+    # -- the loop ----------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Tick until cancelled."""
+        sampler = asyncio.create_task(self._sample_forever())
+        try:
+            while True:
+                try:
+                    await self._tick()
+                except Exception:
+                    # Planning failed: no batch is known to blame. Go on, and say so if it keeps happening.
+                    log.exception("a tick failed")
+                    self._faults.append(time.perf_counter())
+                    await asyncio.sleep(FAULT_PAUSE_S)
+        finally:
+            sampler.cancel()
+
+    async def _tick(self) -> None:
+        self._work.clear()
+        outlook = self._trainer.outlook()
+        plan = await self._plan() if self._scheduler.admits(outlook) else None
+        self._deliver_refused()
+        step = _step_of(plan)
+        decision = self._scheduler.decide(step, self.slo.slack_ms(time.perf_counter()), outlook)
+        self._decision = decision
+        sliced = decision.mode == "time_slice"
+        if plan is None:
+            self._trainer.launch(decision.units)
+            await self._wait_for_work()
+            return
+        serving = asyncio.create_task(self._serve(plan))
+        training = self._trainer.launch(decision.units, self._inference if sliced else self._training)
+        measured = await serving
+        if sliced:
+            await training
+        if step is not None and measured is not None:
+            self._observe(step, *measured)
+
+    async def _wait_for_work(self) -> None:
+        stalled = self._depth.waiting and self._decision.mode != "training"
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._work.wait(), STALL_S if stalled else None)
+
+    async def _plan(self) -> StepPlan | None:
+        """The next step; slots that it may need are taken back from training first."""
+        admitted = await self._inference.run(self._admit_and_plan, True)
+        if admitted.shortage:
+            for lease in self._pool.revoke(admitted.shortage):
+                await lease.released()
+            admitted = await self._inference.run(self._admit_and_plan, False)
+        return admitted.plan
+
+    def _admit_and_plan(self, reclaim: bool) -> _Admitted:
+        """On the inference lane: requests in and out, slots settled, the next batch.
+
+        Args:
+            reclaim: whether to stop before planning when leased slots must come back first.
+        """
+        while self._submissions:
+            submission = self._submissions.popleft()
+            try:
+                self._runtime.submit(submission)
+            except Exception as error:
+                log.exception("the runtime refused a request", request=submission.id)
+                self._refused.append(NewTokens(submission.id, (), "error", error=str(error)))
+        while self._aborts:
+            self._runtime.abort(self._aborts.popleft())
+        self._pool.settle()
+        shortage = self._pool.shortage() if reclaim else 0
+        plan = self._runtime.plan() if shortage == 0 else None
+        self._refused.extend(self._runtime.drain())
+        self._depth = self._runtime.depth()
+        self._pool_use = self._pool.use()
+        return _Admitted(plan, shortage)
+
+    async def _serve(self, plan: StepPlan) -> tuple[float, float] | None:
+        """Run the step and hand out its tokens.
+
+        Returns:
+            Milliseconds it took and the share of them that training ran beside it; None when it failed.
+        """
+        busy = self._training.busy_s()
+        try:
+            outcome = await self._inference.run(self._runtime.execute, plan)
+        except Exception as error:
+            log.exception("a serving step failed", requests=plan.requests)
+            self._fail(plan, error)
+            return None
+        overlap = (self._training.busy_s() - busy) / max(outcome.seconds, 1e-9)
+        now = time.perf_counter()
+        for item in outcome.tokens:
+            self._deliver(item, now)
+        produced = sum(len(item.tokens) for item in outcome.tokens)
+        self._output_tokens += produced
+        self.telemetry.step(1e3 * outcome.seconds, produced)
+        return 1e3 * outcome.seconds, overlap
+
+    def _observe(self, step: Step, took_ms: float, overlap: float) -> None:
+        if overlap >= CORUN_SHARE:
+            self._scheduler.observe(step, took_ms, corun=True)
+        elif overlap <= 1.0 - CORUN_SHARE:
+            self._scheduler.observe(step, took_ms, corun=False)
+
+    def _deliver_refused(self) -> None:
+        """Requests that ended outside of a step: aborted in the queue, or refused by the runtime."""
+        while self._refused:
+            self._deliver(self._refused.popleft(), time.perf_counter())
+
+    def _deliver(self, item: NewTokens, now: float) -> None:
+        gap = self.slo.produced(item.request, len(item.tokens), now)
+        if gap is not None:
+            self.telemetry.gap(gap)
+        stream = self._streams.get(item.request)
+        if item.finish is not None:
+            self._streams.pop(item.request, None)
+            self._close(item, aborted=stream is not None and stream.aborted)
+        if stream is not None:
+            stream.push(item)
+
+    def _close(self, item: NewTokens, *, aborted: bool) -> None:
+        failed = item.finish in ("abort", "error")
+        timing = self.slo.ended(item.request, "aborted" if aborted else "failed" if failed else "finished")
+        if timing is not None and not aborted and self.on_finished is not None:
+            self.on_finished(item, timing)
+
+    def _fail(self, plan: StepPlan, error: Exception) -> None:
+        """End the requests of a batch whose step failed; the others go on."""
+        now = time.perf_counter()
+        self._faults.append(now)
+        for request in plan.requests:
+            self._aborts.append(request)
+            self._deliver(NewTokens(request, (), "error", error=f"{type(error).__name__}: {error}"), now)
+
+    # -- telling -----------------------------------------------------------------------------------------
+
+    @property
+    def degraded(self) -> bool:
+        """Whether steps failed so often of late that a person should look."""
+        return (
+            len(self._faults) == FAULTS_TO_DEGRADE and time.perf_counter() - self._faults[0] < FAULT_WINDOW_S
+        )
+
+    def state(self) -> EngineState:
+        return EngineState(
+            decision=self._decision,
+            depth=QueueDepth(self._depth.running, self._depth.waiting + len(self._submissions)),
+            pool=self._pool_use,
+            output_tokens=self._output_tokens,
+            output_tokens_per_s=self._rates[0],
+            training_tokens_per_s=self._rates[1],
+            degraded=self.degraded,
+        )
+
+    async def _sample_forever(self) -> None:
+        while True:
+            await asyncio.sleep(SAMPLE_EVERY_S)
+            now = time.perf_counter()
+            trainer = self._trainer.state()
+            self._rates = (
+                self._output_rate.at(now, self._output_tokens),
+                self._training_rate.at(now, trainer.tokens),
+            )
+            if trainer.loss is not None and trainer.loss != self._last_loss:
+                self.telemetry.loss(trainer.loss)
+                self._last_loss = trainer.loss
+            if self._decision.mode == "idle" and not self._streams:
+                continue
+            if self._decision.mode in ("idle", "training"):
+                self._pool_use = await self._inference.run(self._pool.use)
+            self.telemetry.sample(
+                time.time(), self._decision.mode, self._depth.running, trainer.tokens, self._pool_use
+            )
+
+
+def _step_of(plan: StepPlan | None) -> Step | None:
+    if plan is None:
+        return None
+    return Step(plan.kind, len(plan.requests), plan.context_tokens, plan.prefill_tokens)

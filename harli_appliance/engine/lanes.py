@@ -1,0 +1,64 @@
+"""Lanes: where work runs. On a CPU a lane is one thread pinned to its own cores.
+
+A lane runs one thing at a time, in order, and keeps count of how long it was busy. Knows threads and cores, not
+what runs on them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Lane:
+    """One worker thread.
+
+    Args:
+        cores: CPU cores the thread may use; None leaves it free.
+    """
+
+    def __init__(self, name: str, cores: Sequence[int] | None = None) -> None:
+        self.name = name
+        self.cores = tuple(cores) if cores is not None else None
+        self._lock = threading.Lock()
+        self._busy_s = 0.0
+        self._since: float | None = None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=self._start)
+
+    def _start(self) -> None:
+        if self.cores is not None:
+            os.sched_setaffinity(0, self.cores)  # 0 is the calling thread on Linux
+
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        return self._executor.submit(self._timed, function, *args, **kwargs)
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run on the lane and wait; cancelling the wait does not stop what runs."""
+        return await asyncio.wrap_future(self.submit(function, *args, **kwargs))
+
+    def busy_s(self) -> float:
+        """Seconds that the lane has been busy since it was made, work in progress included."""
+        with self._lock:
+            running = time.perf_counter() - self._since if self._since is not None else 0.0
+            return self._busy_s + running
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _timed(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._lock:
+            self._since = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            with self._lock:
+                self._busy_s += time.perf_counter() - (self._since or 0.0)
+                self._since = None

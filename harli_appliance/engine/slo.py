@@ -1,0 +1,127 @@
+"""Deadlines of the requests in service, and what was kept of the promise.
+
+A request's first token is due `ttft` after it arrived; token i after that is due `i * tpot` after the first, so
+a request banks what it gained and is judged by its mean, as the promise is stated. Times are seconds of one
+monotonic clock, passed in. Knows requests by id only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+WINDOW = 512
+"""Recent samples that percentiles and attainment are taken over."""
+
+
+@dataclass(slots=True)
+class _Request:
+    arrived: float
+    first: float | None = None
+    last: float | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTiming:
+    """How a finished request went; milliseconds. `tpot_ms` is None for answers of fewer than two tokens."""
+
+    ttft_ms: float | None
+    tpot_ms: float | None
+    tokens: int
+
+
+class Quantiles:
+    """Percentiles of the last `WINDOW` values."""
+
+    def __init__(self) -> None:
+        self._values: deque[float] = deque(maxlen=WINDOW)
+
+    def add(self, value: float) -> None:
+        self._values.append(value)
+
+    def at(self, percent: float) -> float | None:
+        return float(np.percentile(self._values, percent)) if self._values else None
+
+    @property
+    def last(self) -> float | None:
+        return self._values[-1] if self._values else None
+
+
+class SloTracker:
+    """Follows every request from arrival to its last token.
+
+    Args:
+        tpot_ms, ttft_ms: the promise; may be changed at any time.
+    """
+
+    def __init__(self, tpot_ms: float, ttft_ms: float) -> None:
+        self.tpot_ms = tpot_ms
+        self.ttft_ms = ttft_ms
+        self.tpot = Quantiles()
+        self.itl = Quantiles()
+        self.ttft = Quantiles()
+        self.requests = 0
+        self.failed = 0
+        self._met: deque[bool] = deque(maxlen=WINDOW)
+        self._live: dict[str, _Request] = {}
+
+    def arrived(self, request: str, now: float) -> None:
+        self.requests += 1
+        self._live[request] = _Request(now)
+
+    def produced(self, request: str, tokens: int, now: float) -> float | None:
+        """Count tokens that a step brought; several in one step share its gap.
+
+        Returns:
+            The inter-token latency in milliseconds, None for a first token.
+        """
+        entry = self._live.get(request)
+        if entry is None or tokens == 0:
+            return None
+        gap = None
+        if entry.first is None:
+            entry.first = now
+            self.ttft.add(1e3 * (now - entry.arrived))
+        elif entry.last is not None:
+            gap = 1e3 * (now - entry.last) / tokens
+            self.itl.add(gap)
+        entry.last = now
+        entry.tokens += tokens
+        return gap
+
+    def ended(self, request: str, how: Literal["finished", "aborted", "failed"]) -> RequestTiming | None:
+        """Close a request. One whose client left counts neither as met nor as missed."""
+        entry = self._live.pop(request, None)
+        if entry is None:
+            return None
+        ttft = tpot = None
+        if entry.first is not None and entry.last is not None:
+            ttft = 1e3 * (entry.first - entry.arrived)
+            if entry.tokens > 1:
+                tpot = 1e3 * (entry.last - entry.first) / (entry.tokens - 1)
+                self.tpot.add(tpot)
+        if how == "failed":
+            self.failed += 1
+            self._met.append(False)
+        elif how == "finished":
+            in_time = ttft is not None and ttft <= self.ttft_ms
+            self._met.append(in_time and (tpot is None or tpot <= self.tpot_ms))
+        return RequestTiming(ttft, tpot, entry.tokens)
+
+    def slack_ms(self, now: float) -> float:
+        """Milliseconds until the earliest deadline; negative when it has passed, infinity with no request."""
+        return min((self._due(entry) - now for entry in self._live.values()), default=math.inf) * 1e3
+
+    def _due(self, entry: _Request) -> float:
+        if entry.first is None:
+            return entry.arrived + self.ttft_ms / 1e3
+        return entry.first + entry.tokens * self.tpot_ms / 1e3
+
+    @property
+    def attainment(self) -> float | None:
+        return sum(self._met) / len(self._met) if self._met else None

@@ -1,0 +1,43 @@
+"""The decision of each tick, and what is learned from how it went.
+
+Joins the predictor with the policy in force. Knows no torch, no lanes and no clock; times come in as arguments.
+"""
+
+from __future__ import annotations
+
+from harli_appliance.config import PolicyName
+from harli_appliance.scheduling.policies import POLICIES, Policy, Situation
+from harli_appliance.scheduling.predictor import Predictor
+from harli_appliance.scheduling.types import Decision, Outlook, Step
+
+
+class Scheduler:
+    """Chooses mode and work units for every tick.
+
+    Args:
+        policy: name of the policy to start with; see `POLICIES`.
+    """
+
+    def __init__(self, predictor: Predictor, policy: PolicyName) -> None:
+        self.predictor = predictor
+        self.use(policy)
+
+    def use(self, policy: PolicyName) -> None:
+        self.policy_name: PolicyName = policy
+        self._policy: Policy = POLICIES[policy]()
+
+    def admits(self, outlook: Outlook) -> bool:
+        """Whether requests may be planned now; only `train_only` holds them back."""
+        return not (self.policy_name == "train_only" and outlook.ready)
+
+    def decide(self, step: Step | None, slack_ms: float, outlook: Outlook) -> Decision:
+        return self._policy.decide(Situation(step, slack_ms, outlook), self.predictor)
+
+    def observe(self, step: Step, measured_ms: float, *, corun: bool) -> None:
+        """Learn from a step.
+
+        Args:
+            corun: whether training ran beside it for its whole duration; steps that saw only part of a
+                unit belong to neither regime and must not be passed.
+        """
+        self.predictor.observe(step, measured_ms, corun=corun)

@@ -1,0 +1,122 @@
+"""The process that ``harli serve`` becomes: settings, appliance, HTTP, until a signal.
+
+Prints one line of JSON on stdout when it serves, ``{"event": "ready", "url": ...}``; everything else goes to
+stderr. Runs as ``python -m harli_appliance.serve [--config FILE] [--set section.key=VALUE ...]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from harli_appliance.config import Settings, load_settings
+from harli_appliance.errors import ConfigError, HarliError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run until SIGINT or SIGTERM; the exit code is the error's."""
+    parser = argparse.ArgumentParser(prog="harli serve", description=__doc__)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=VALUE", dest="settings")
+    options = parser.parse_args(arguments)
+    try:
+        settings = load_settings(options.config, **_nested(options.settings))
+        _configure_logging(settings)
+        _limit_threads()
+        return asyncio.run(_serve(settings))
+    except HarliError as error:
+        print(f"harli: {error.message}", file=sys.stderr)
+        return error.exit_code
+
+
+def _nested(assignments: list[str]) -> dict[str, Any]:
+    """``["server.port=0"]`` as ``{"server": {"port": 0}}``; values are JSON where they parse as it."""
+    tree: dict[str, Any] = {}
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {assignment}: write it as section.key=VALUE")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        *sections, leaf = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    return tree
+
+
+def _configure_logging(settings: Settings) -> None:
+    level = getattr(logging, settings.logging.level.upper())
+    renderer: Any = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    if settings.logging.json_lines:
+        renderer = structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    # SGLang tries every model it knows and names those whose kernels are missing; ours are not among them.
+    logging.getLogger("sglang.srt.models.registry").setLevel(logging.ERROR)
+
+
+def _limit_threads() -> None:
+    """One OpenMP thread a lane, and no progress bars of others on our stderr; before torch is imported."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+async def _serve(settings: Settings) -> int:
+    # Stand-ins first: transformers, too, trips over a torchvision whose operators cannot load.
+    from harli_appliance.runtime import cpu_stand_ins
+
+    cpu_stand_ins.install()
+    from harli_appliance.api.app import create_app
+    from harli_appliance.api.server import serve
+    from harli_appliance.appliance import Appliance
+
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    log = structlog.get_logger("harli_appliance")
+    appliance = await Appliance.open(settings)
+    try:
+        listener = await serve(create_app(appliance, settings), settings.server.host, settings.server.port)
+        try:
+            log.info("loading the model", model=settings.model.path, url=listener.url)
+            starting = asyncio.create_task(appliance.start())
+            stopped = asyncio.create_task(stop.wait())
+            await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            await starting
+            print(json.dumps({"event": "ready", "url": listener.url}), flush=True)
+            log.info("ready", url=listener.url)
+            await stopped
+            log.info("stopping")
+        finally:
+            await listener.close()
+    finally:
+        await appliance.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Checkpoints of a running job: written whole or not at all, and refused when a byte is wrong.
+
+A checkpoint is a folder ``step-NNNNNN`` with ``state.safetensors`` and ``manifest.json`` (step, progress, SHA-256
+of the tensors). It is written beside its place, flushed to disk and renamed, so that a power cut leaves either
+the old ones or the new one. Knows files and tensors, not training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import structlog
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+log = structlog.get_logger(__name__)
+
+_TENSORS = "state.safetensors"
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a job was: optimizer steps done, tokens trained, last loss."""
+
+    step: int
+    trained_tokens: int
+    loss: float | None
+
+
+def write_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write files into a new folder that appears as `folder`, complete and durable.
+
+    An existing `folder` is replaced.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    fill(partial)
+    for path in (*partial.iterdir(), partial):
+        _flush(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    _flush(folder.parent)
+
+
+def save(home: Path, progress: Progress, tensors: Mapping[str, Tensor], keep: int) -> Path:
+    """Write a checkpoint of `tensors` and drop all but the newest `keep`."""
+
+    def fill(folder: Path) -> None:
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, folder / _TENSORS)
+        manifest = {**asdict(progress), "sha256": _digest(folder / _TENSORS)}
+        (folder / _MANIFEST).write_text(json.dumps(manifest))
+
+    folder = home / f"step-{progress.step:06d}"
+    write_atomically(folder, fill)
+    for old in _folders(home)[keep:]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_newest(home: Path) -> tuple[Progress, dict[str, Tensor]] | None:
+    """The newest checkpoint that is whole, None when there is none; damaged ones are passed over."""
+    for folder in _folders(home):
+        try:
+            manifest = json.loads((folder / _MANIFEST).read_text())
+            if manifest.pop("sha256") != _digest(folder / _TENSORS):
+                raise ValueError("its tensors do not match the manifest")
+            return Progress(**manifest), load_file(folder / _TENSORS)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("checkpoint is damaged; trying the one before", folder=str(folder), why=str(error))
+    return None
+
+
+def discard(home: Path) -> None:
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def _folders(home: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(home.glob("step-*"), reverse=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,218 @@
+"""One finetuning job in memory: its data, adapter, optimizer and where it is.
+
+Knows tensors and files; does not know when its units may run. Every method runs on a lane's thread, one at a
+time. A run that is built again from its last checkpoint goes on exactly as if it had not stopped: the examples
+of a step are a function of seed and step, and nothing else draws random numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from harli_appliance.api.ports import Job
+from harli_appliance.errors import JobFailed
+from harli_appliance.training import checkpoints
+from harli_appliance.training.backbone import Adapter, Backbone
+from harli_appliance.training.dataset import read_examples
+from harli_appliance.training.packing import (
+    ChatEncoder,
+    EncodedExample,
+    PackedSequence,
+    encode_example,
+    examples_of_step,
+    pack,
+    steps_in_epoch,
+)
+from harli_appliance.training.units import MicroBatch, footprint
+
+WARMUP = 0.1
+"""Share of the steps over which the learning rate rises linearly; it falls to 10% along a cosine after."""
+CLIP_NORM = 1.0
+LOSS_TOKENS = 16
+"""Learned tokens of a loss unit: against a vocabulary of 49,152 about as long as a backward unit of 128 tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What a run needs besides the job; see `TrainingSettings`."""
+
+    window_tokens: int
+    sequence_tokens: int
+    checkpoint_every_steps: int
+    keep_checkpoints: int
+    checkpoints: Path
+
+
+class JobRun:
+    """The state of a running job.
+
+    Args:
+        buffers: the K and V buffers whose leased rows hold micro-batches.
+        leasable: slots that can be leased at most; a job that needs more is refused.
+
+    Raises:
+        JobFailed: a micro-batch would not fit the pool.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        data: Path,
+        backbone: Backbone,
+        encoder: ChatEncoder,
+        buffers: tuple[Sequence[Tensor], Sequence[Tensor]],
+        options: RunOptions,
+        leasable: int,
+    ) -> None:
+        self.job = job
+        self._backbone = backbone
+        self._buffers = buffers
+        self._options = options
+        self._examples = [encode_example(example, encoder) for example in read_examples(data)]
+        self._refuse_oversize(leasable)
+        self.total_steps = job.n_epochs * steps_in_epoch(len(self._examples), job.batch_size)
+        self.step = 0
+        self.trained_tokens = 0
+        self.loss: float | None = None
+        self.adapter = Adapter(backbone, rank=job.lora_rank, alpha=job.lora_alpha, seed=job.seed)
+        self._optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=job.learning_rate, weight_decay=0.0)
+        try:
+            self._resume()
+        except BaseException:
+            self.adapter.detach()
+            raise
+        self._plan_step()
+
+    def _refuse_oversize(self, leasable: int) -> None:
+        longest = max(self._options.sequence_tokens, max(len(example.tokens) for example in self._examples))
+        needed = footprint(self._backbone, longest).slots
+        if needed > leasable:
+            raise JobFailed(
+                f"a micro-batch of {longest} tokens needs {needed} slots, but at most {leasable} can be leased; "
+                "raise memory.pool_slots or lower training.sequence_tokens",
+                code="does_not_fit",
+            )
+
+    # -- micro-batches -----------------------------------------------------------------------------------
+
+    def _plan_step(self) -> None:
+        """Choose and pack the examples of the current step."""
+        if self.step >= self.total_steps:
+            self._packs: list[PackedSequence] = []
+            return
+        chosen: list[EncodedExample] = [
+            self._examples[index]
+            for index in examples_of_step(len(self._examples), self.job.batch_size, self.job.seed, self.step)
+        ]
+        self._packs = pack(chosen, self._options.sequence_tokens)
+        self._learned = sum(example.learned_tokens for example in chosen)
+        self._step_loss = 0.0
+
+    def micro_batches(self) -> int:
+        """Packed sequences of the current step."""
+        return len(self._packs)
+
+    def slots_of(self, index: int) -> int:
+        return footprint(self._backbone, len(self._packs[index])).slots
+
+    def begin(self, index: int, slots: Tensor) -> MicroBatch:
+        return MicroBatch(
+            self._backbone,
+            self.adapter,
+            self._packs[index],
+            buffers=self._buffers,
+            slots=slots,
+            normaliser=max(1, self._learned),
+            window=self._options.window_tokens,
+            loss_tokens=LOSS_TOKENS,
+        )
+
+    def finish(self, batch: MicroBatch) -> None:
+        """Add a complete micro-batch's gradients to the step's; an incomplete one leaves no trace."""
+        self._step_loss += batch.loss
+        for layer, gradients in enumerate(batch.gradients):
+            for parameter, gradient in zip(
+                self.adapter.parameters(layer), gradients or (), strict=gradients is not None
+            ):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self.trained_tokens += batch.tokens
+
+    # -- steps ---------------------------------------------------------------------------------------------
+
+    def optimizer_step(self) -> None:
+        """Apply the gradients of the step.
+
+        Raises:
+            JobFailed: the loss or the gradients are not finite; the weights are left as they were.
+        """
+        parameters = self.adapter.parameters()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+        if not math.isfinite(self._step_loss) or not torch.isfinite(norm):
+            raise JobFailed(
+                f"the loss of step {self.step + 1} is not finite; try a lower learning rate than "
+                f"{self.job.learning_rate:g}",
+                code="loss_not_finite",
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.loss = self._step_loss
+        self.step += 1
+        self._plan_step()
+
+    def _learning_rate(self) -> float:
+        warmup = max(1, round(WARMUP * self.total_steps))
+        if self.step < warmup:
+            return self.job.learning_rate * (self.step + 1) / warmup
+        progress = (self.step - warmup) / max(1, self.total_steps - warmup)
+        return self.job.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+    # -- checkpoints -----------------------------------------------------------------------------------------
+
+    @property
+    def _home(self) -> Path:
+        return self._options.checkpoints / self.job.id
+
+    @property
+    def checkpoint_due(self) -> bool:
+        return self.step % self._options.checkpoint_every_steps == 0 and self.step < self.total_steps
+
+    def checkpoint(self) -> None:
+        tensors: dict[str, Tensor] = {}
+        for index, parameter in enumerate(self.adapter.parameters()):
+            tensors[f"{index}.value"] = parameter
+            for name, value in self._optimizer.state[parameter].items():
+                tensors[f"{index}.{name}"] = value
+        progress = checkpoints.Progress(self.step, self.trained_tokens, self.loss)
+        checkpoints.save(self._home, progress, tensors, self._options.keep_checkpoints)
+
+    def _resume(self) -> None:
+        found = checkpoints.load_newest(self._home)
+        if found is None:
+            return
+        progress, tensors = found
+        with torch.no_grad():
+            for index, parameter in enumerate(self.adapter.parameters()):
+                parameter.copy_(tensors[f"{index}.value"])
+                self._optimizer.state[parameter] = {
+                    name: tensors[f"{index}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")
+                }
+        self.step, self.trained_tokens, self.loss = progress.step, progress.trained_tokens, progress.loss
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter in PEFT's format, whole or not at all."""
+        checkpoints.write_atomically(folder, self.adapter.save)
+
+    def discard_checkpoints(self) -> None:
+        checkpoints.discard(self._home)
+
+    def close(self) -> None:
+        """Take the adapter off the backbone."""
+        self.adapter.detach()
