@@ -69,7 +69,7 @@ def test_a_checkout_has_its_folders_beside_the_package(tmp_path: Path):
 
 def test_an_installation_without_them_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(assets, "_PACKAGE", tmp_path)
-    with pytest.raises(ConfigError, match="'themes' is missing .* install harli-appliance again"):
+    with pytest.raises(ConfigError, match=r"'themes' is missing .* install harli-appliance again"):
         assets.themes_folder()
 
 

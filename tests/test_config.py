@@ -1,0 +1,136 @@
+"""Settings: where they come from, what is refused, and that their reference says what they are."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harli_appliance.config import Settings, load_settings, setting_names
+from harli_appliance.config_reference import markdown_text, settings_reference, toml_text
+from harli_appliance.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+WRITE = "run `python -m harli_appliance.config_reference` in the checkout"
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No harli.toml and no environment but the test's own."""
+    monkeypatch.chdir(tmp_path)
+    for setting in settings_reference():
+        monkeypatch.delenv(setting.variable, raising=False)
+
+
+# -- the reference -----------------------------------------------------------------------------------------
+
+
+def test_the_default_file_says_what_the_settings_say():
+    assert (ROOT / "harli.toml").read_text(encoding="utf-8") == toml_text(), WRITE
+
+
+def test_the_reference_page_says_what_the_settings_say():
+    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == markdown_text(), WRITE
+
+
+def test_every_setting_is_in_the_reference_with_its_sentence():
+    documented = {".".join(filter(None, (s.section, s.name))): s for s in settings_reference()}
+    assert list(documented) == setting_names()
+    assert all(setting.sentence.endswith(".") for setting in documented.values())
+
+
+def test_the_default_file_as_it_ships_changes_nothing():
+    assert load_settings(ROOT / "harli.toml").model_dump() == load_settings().model_dump()
+
+
+def test_every_setting_of_the_default_file_can_be_taken_out_of_its_comment(tmp_path: Path):
+    (tmp_path / "all.toml").write_text(re.sub(r"(?m)^# (?=\w+ = )", "", toml_text()))
+    taken, default = load_settings(tmp_path / "all.toml"), load_settings()
+    # Only what has no default of its own differs from the default.
+    assert taken.server.api_key is not None
+    assert taken.server.model_copy(update={"api_key": None}) == default.server
+    unset = {"served_name": None, "context_length": None}
+    assert taken.model.model_copy(update=unset) == default.model
+    assert taken.device.inference_cores == (0, 1)
+    for section in ("slo", "scheduling", "memory", "training", "logging"):
+        assert getattr(taken, section) == getattr(default, section)
+
+
+@pytest.mark.parametrize("setting", settings_reference(), ids=lambda setting: setting.variable)
+def test_every_setting_can_be_set_by_the_variable_that_the_reference_names(setting, monkeypatch):
+    monkeypatch.setenv(setting.variable, setting.example.strip('"'))
+    settings = load_settings()
+    section = getattr(settings, setting.section) if setting.section else settings
+    assert setting.name in section.model_fields_set
+
+
+# -- where settings come from ------------------------------------------------------------------------------
+
+
+def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path, monkeypatch):
+    assert load_settings().server.port == 8321
+    (tmp_path / "harli.toml").write_text('[server]\nport = 1001\nhost = "::1"\nmax_queued_requests = 5\n')
+    assert load_settings().server.port == 1001
+    monkeypatch.setenv("HARLI_SERVER__PORT", "1002")
+    monkeypatch.setenv("HARLI_SERVER__HOST", "::2")
+    assert load_settings().server.port == 1002
+    settings = load_settings(server={"port": 1003})
+    assert (settings.server.port, settings.server.host, settings.server.max_queued_requests) == (
+        1003,
+        "::2",
+        5,
+    )
+
+
+def test_home_comes_from_the_environment_or_the_users_data_folder(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    assert load_settings().home == tmp_path / "data" / "harli"
+    monkeypatch.setenv("HARLI_HOME", "relative/home")
+    settings = load_settings()
+    assert settings.home == tmp_path / "relative" / "home"
+    assert settings.database.parent == settings.files.parent == settings.home
+
+
+def test_a_secret_is_not_shown():
+    assert "hunter2" not in repr(load_settings(server={"api_key": "hunter2"}))
+
+
+# -- what is refused ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("toml", "said"),
+    [
+        ("[server]\nprot = 1\n", r"unknown setting 'server\.prot': did you mean 'server\.port'\?"),
+        ("[servre]\nport = 1\n", r"unknown setting 'servre': did you mean 'server'\?"),
+        ("zzz = 1\n", r"unknown setting 'zzz': docs/configuration\.md lists"),
+        ("[server]\nport = 70000\n", r"setting 'server\.port' is wrong: .*65535 \(got 70000\)"),
+        ('[server]\nport = "a"\n', r"setting 'server\.port' is wrong"),
+        ('[scheduling]\npolicy = "fast"\n', r"'scheduling\.policy' is wrong: .*spatial"),
+        ("[slo]\ntpot_ms = nan\n", r"'slo\.tpot_ms' is wrong"),
+        ("[server\n", "not valid TOML"),
+        ("server = 3\n", "setting 'server' is wrong"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line_that_names_it(tmp_path: Path, toml, said):
+    path = tmp_path / "my.toml"
+    path.write_text(toml)
+    with pytest.raises(ConfigError, match=said) as error:
+        load_settings(path)
+    assert error.value.message.startswith(f"{path}: ")
+    assert "\n" not in error.value.message
+
+
+def test_a_file_that_is_named_must_exist(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load_settings(tmp_path / "none.toml")
+
+
+def test_settings_load_without_torch_and_cannot_be_changed():
+    code = "import sys, harli_appliance.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().server.port = 1
