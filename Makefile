@@ -21,7 +21,7 @@ demo: setup
 # Every check runs, whatever the others say; pytest comes last so that its summary is the closing line.
 test: setup
 	@status=0; \
-	for check in "ruff check ." "ruff format --check ." "mypy" "lint-imports"; do \
+	for check in "ruff check ." "ruff format --check ." "mypy" "lint-imports --no-logo"; do \
 		echo "== $$check"; \
 		$(VENV)/bin/$$check || { status=1; failed="$$failed '$$check'"; }; \
 	done; \
