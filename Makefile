@@ -25,7 +25,6 @@ test: setup
 		echo "== $$check"; \
 		$(VENV)/bin/$$check || { status=1; failed="$$failed '$$check'"; }; \
 	done; \
-	echo "== pytest"; \
+	echo "== pytest$${failed:+ (failed already:$$failed)}"; \
 	$(VENV)/bin/pytest || status=1; \
-	[ -z "$$failed" ] || echo "failed before the tests:$$failed" >&2; \
 	exit $$status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,30 @@ def test_requirements_are_pinned_and_name_each_package_once():
                 assert package.lower() not in seen
                 seen.add(package.lower())
     assert "torch" not in seen  # installed first, by requirements/install.sh
+
+
+@pytest.mark.parametrize("failing", ["", "ruff", "mypy", "lint-imports", "pytest"])
+def test_make_test_runs_every_check_and_fails_when_one_does(tmp_path: Path, failing: str):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("ruff", "mypy", "lint-imports", "pytest"):
+        (tools / tool).write_text(f"#!/bin/sh\necho ran {tool}\nexit {int(tool == failing)}\n")
+        (tools / tool).chmod(0o755)
+    (tmp_path / ".installed").touch()
+    # A make that runs these tests is no parent of the one tested here.
+    outside = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    }
+    made = subprocess.run(
+        ["make", "test", f"VENV={tmp_path}"],
+        cwd=ROOT,
+        env=outside,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    ran = [line for line in made.stdout.splitlines() if line.startswith("ran")]
+    assert ran == ["ran ruff", "ran ruff", "ran mypy", "ran lint-imports", "ran pytest"]
+    assert made.stdout.splitlines()[-1] == "ran pytest"
+    assert (made.returncode == 0) == (failing == "")
+    assert ("failed already" in made.stdout) == (failing not in ("", "pytest"))

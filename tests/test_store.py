@@ -252,7 +252,7 @@ async def test_a_job_must_begin_queued_and_with_a_file(database: Database):
         row |= {"seed": 0, "n_epochs": 1, "batch_size": 1, "learning_rate": 1e-3, "lora_rank": 8}
         row |= {"lora_alpha": 16, **wrong}
         with pytest.raises(sqlite3.IntegrityError):
-            await database.run(lambda db, row=row: db["jobs"].insert(row))
+            await database.run(lambda db, row=row: db.table("jobs").insert(row))
 
 
 # -- pages -------------------------------------------------------------------------------------------------

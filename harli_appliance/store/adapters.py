@@ -25,11 +25,11 @@ class Adapter:
 
 def insert_adapter(db: Database, name: str, job_id: str, path: Path, rank: int) -> Adapter:
     adapter = Adapter(name, job_id, path, rank, int(time.time()))
-    db["adapters"].insert({**asdict(adapter), "path": str(path)})
+    db.table("adapters").insert({**asdict(adapter), "path": str(path)})
     return adapter
 
 
 def list_adapters(db: Database) -> list[Adapter]:
     """All of them, the oldest first."""
-    rows = db["adapters"].rows_where(order_by="created_at, rowid")
+    rows = db.table("adapters").rows_where(order_by="created_at, rowid")
     return [Adapter(**{**row, "path": Path(row["path"])}) for row in rows]

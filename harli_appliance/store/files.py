@@ -15,7 +15,7 @@ from harli_appliance.store.ids import bindable
 def insert_file(
     db: Database, file_id: str, filename: str, purpose: str, size: int, examples: int
 ) -> StoredFile:
-    db["files"].insert(
+    db.table("files").insert(
         {
             "id": file_id,
             "filename": filename,
@@ -34,14 +34,14 @@ def get_file(db: Database, file_id: str, param: str | None = None) -> StoredFile
     Raises:
         NotFound: there is none; names `param` as the field at fault.
     """
-    row = next(db["files"].rows_where("id = ?", [bindable(file_id)]), None)
+    row = next(db.table("files").rows_where("id = ?", [bindable(file_id)]), None)
     if row is None:
         raise NotFound(f"no file '{file_id}'; upload it first", code="file_not_found", param=param)
     return _file(row)
 
 
 def list_files(db: Database) -> list[StoredFile]:
-    return [_file(row) for row in db["files"].rows_where(order_by="seq DESC")]
+    return [_file(row) for row in db.table("files").rows_where(order_by="seq DESC")]
 
 
 def delete_file(db: Database, file_id: str) -> None:
@@ -53,14 +53,14 @@ def delete_file(db: Database, file_id: str) -> None:
     """
     get_file(db, file_id)
     job = next(
-        db["jobs"].rows_where("training_file = ? AND status IN ('queued', 'running')", [file_id]), None
+        db.table("jobs").rows_where("training_file = ? AND status IN ('queued', 'running')", [file_id]), None
     )
     if job is not None:
         raise Conflict(
             f"file '{file_id}' is used by job '{job['id']}', which is {job['status']}; cancel the job first",
             code="file_in_use",
         )
-    db["files"].delete_where("id = ?", [file_id])
+    db.table("files").delete_where("id = ?", [file_id])
 
 
 def _file(row: dict[str, Any]) -> StoredFile:

@@ -37,7 +37,7 @@ _COLUMNS = tuple(field.name for field in fields(Job))
 
 
 def insert_job(db: Database, job: Job) -> Job:
-    db["jobs"].insert({**asdict(job), "metadata": json.dumps(dict(job.metadata))})
+    db.table("jobs").insert({**asdict(job), "metadata": json.dumps(dict(job.metadata))})
     return get_job(db, job.id)
 
 
@@ -57,11 +57,13 @@ def list_jobs(db: Database, limit: int, after: str | None) -> tuple[list[Job], b
 
 def jobs_in(db: Database, status: JobStatus) -> list[Job]:
     """Jobs of one state, the longest waiting first."""
-    return [_job(row) for row in db["jobs"].rows_where("status = ?", [status], order_by="created_at, seq")]
+    return [
+        _job(row) for row in db.table("jobs").rows_where("status = ?", [status], order_by="created_at, seq")
+    ]
 
 
 def oldest_queued(db: Database) -> Job | None:
-    rows = db["jobs"].rows_where("status = 'queued'", order_by="created_at, seq", limit=1)
+    rows = db.table("jobs").rows_where("status = 'queued'", order_by="created_at, seq", limit=1)
     return next((_job(row) for row in rows), None)
 
 
@@ -120,7 +122,7 @@ def add_event(
         message=message,
         data=dict(data or {}),
     )
-    db["job_events"].insert({**asdict(event), "data": json.dumps(event.data, allow_nan=False)})
+    db.table("job_events").insert({**asdict(event), "data": json.dumps(event.data, allow_nan=False)})
     return event
 
 
@@ -131,7 +133,7 @@ def list_events(db: Database, job_id: str, limit: int, after: str | None) -> tup
 
 
 def _row(db: Database, job_id: str) -> dict[str, Any]:
-    row: dict[str, Any] | None = next(db["jobs"].rows_where("id = ?", [bindable(job_id)]), None)
+    row: dict[str, Any] | None = next(db.table("jobs").rows_where("id = ?", [bindable(job_id)]), None)
     if row is None:
         raise NotFound(f"no job '{job_id}'; list the jobs to see their ids", code="job_not_found")
     return row

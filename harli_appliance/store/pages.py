@@ -29,9 +29,9 @@ def page(
         raise UsageError(f"limit is {limit}; ask for at least 1", param="limit")
     values = list(values)
     if after is not None:
-        cursor = next(db[table].rows_where(f"({where}) AND id = ?", [*values, bindable(after)]), None)
+        cursor = next(db.table(table).rows_where(f"({where}) AND id = ?", [*values, bindable(after)]), None)
         if cursor is None:
             raise NotFound(f"no item '{after}' to go on after; begin without 'after'", param="after")
         where, values = f"({where}) AND seq < ?", [*values, cursor["seq"]]
-    rows = list(db[table].rows_where(where, values, order_by="seq DESC", limit=limit + 1))
+    rows = list(db.table(table).rows_where(where, values, order_by="seq DESC", limit=limit + 1))
     return rows[:limit], len(rows) > limit

@@ -14,7 +14,7 @@ _KEY = "device = ? AND model = ? AND version = ?"
 
 def save_predictor(db: Database, device: str, model: str, version: str, data: Mapping[str, Any]) -> None:
     """Keep `data` (JSON, finite numbers only), in place of what was kept under the same key."""
-    db["predictor"].upsert(
+    db.table("predictor").upsert(
         {
             "device": device,
             "model": model,
@@ -28,7 +28,7 @@ def save_predictor(db: Database, device: str, model: str, version: str, data: Ma
 
 def load_predictor(db: Database, device: str, model: str, version: str) -> dict[str, Any] | None:
     """What was kept, or None."""
-    row = next(db["predictor"].rows_where(_KEY, [device, model, version]), None)
+    row = next(db.table("predictor").rows_where(_KEY, [device, model, version]), None)
     if row is None:
         return None
     data: dict[str, Any] = json.loads(row["data"])

@@ -51,7 +51,7 @@ class UsageLog:
         return cls(database)
 
     async def add(self, usage: RequestUsage) -> None:
-        await self._database.run(lambda db: db["requests"].insert(asdict(usage)))
+        await self._database.run(lambda db: db.table("requests").insert(asdict(usage)))
 
     async def recent(self, limit: int = 100) -> list[RequestUsage]:
         """The newest first."""
@@ -59,7 +59,7 @@ class UsageLog:
         return await self._database.run(
             lambda db: [
                 RequestUsage(**row)
-                for row in db["requests"].rows_where(select=columns, order_by="seq DESC", limit=limit)
+                for row in db.table("requests").rows_where(select=columns, order_by="seq DESC", limit=limit)
             ]
         )
 
