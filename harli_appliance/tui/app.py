@@ -1,0 +1,213 @@
+"""`harli top`: the dashboard. A process of its own, attached over HTTP, so that drawing delays no token.
+
+Knows the layout, the keys and how often to look. What is shown lies in `panels` and `plots`, where it comes from
+in `feed`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import ClassVar
+
+from textual import work
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.widgets import Footer, Input, Static
+
+from harli_appliance.client import HarliClient
+from harli_appliance.errors import ConfigError, HarliError
+from harli_appliance.schema import PolicyChange, Status
+from harli_appliance.tui import words
+from harli_appliance.tui.feed import Feed, Reading
+from harli_appliance.tui.help import HelpScreen
+from harli_appliance.tui.panels import (
+    Headline,
+    JobsPanel,
+    LatencyPanel,
+    ModelsPanel,
+    PartitionPanel,
+    PoolPanel,
+    lane_colours,
+)
+from harli_appliance.tui.plots import LatencyPlot, RatePanel
+from harli_appliance.tui.themes import DEFAULT, PREFIX, load_themes
+
+POLL_S = 0.5
+POLICIES = ("spatial", "time_slice", "serve_only", "train_only")
+
+
+class HarliTop(App[None]):
+    """The dashboard around a client that is not connected yet."""
+
+    TITLE = "harli top"
+    CSS_PATH = "harli.tcss"
+    ENABLE_COMMAND_PALETTE = False
+    AUTO_FOCUS = None  # a focused field would swallow the keys
+    HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012 - Textual declares it so
+        (0, "-compact"),
+        (100, "-roomy"),
+        (130, "-wide"),
+    ]
+    VERTICAL_BREAKPOINTS = [(0, "-low"), (30, "-high")]  # noqa: RUF012
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q", "quit", "Quit"),
+        Binding("p", "next_policy", "Policy"),
+        Binding("t", "next_theme", "Theme"),
+        Binding("slash", "filter", "Filter jobs", key_display="/"),
+        Binding("question_mark", "help", "Help", key_display="?"),
+        Binding("enter", "apply_policy", "Apply", show=False),
+        Binding("escape", "leave", "Back", show=False),
+    ]
+
+    def __init__(self, client: HarliClient, theme_name: str | None = None) -> None:
+        super().__init__()
+        self._client = client
+        self._feed = Feed(client)
+        self._reading: Reading | None = None
+        self._seen = False
+        self._candidate: str | None = None
+        self._themes = load_themes()
+        if theme_name is not None and theme_name not in self._themes:
+            raise ConfigError(f"no theme '{theme_name}'; there are {', '.join(self._themes)}", param="theme")
+        for name, file in self._themes.items():
+            self.register_theme(file.theme(name))
+        self._theme_name = theme_name or DEFAULT
+        self.theme = PREFIX + self._theme_name
+
+    def get_theme_variable_defaults(self) -> dict[str, str]:
+        """The lanes' colours for Textual's own themes, which do not have them."""
+        return {PREFIX + lane: colour for lane, colour in load_themes()[DEFAULT].lanes}
+
+    def compose(self) -> ComposeResult:
+        yield Headline(id="headline")
+        yield Static(id="nothing")
+        with Vertical(id="body"):
+            with Horizontal(id="latency-row"):
+                yield LatencyPanel(id="latency", classes="panel")
+                yield LatencyPlot(id="latency-plot", classes="panel")
+            with Horizontal(id="rates-row"):
+                yield RatePanel("Serving", "serving")
+                yield RatePanel("Training", "training")
+            with Horizontal(id="shares-row"):
+                yield PartitionPanel(id="partition", classes="panel")
+                yield PoolPanel(id="pool", classes="panel")
+            with Horizontal(id="bottom-row"):
+                yield JobsPanel(id="jobs", classes="panel")
+                yield ModelsPanel(id="models", classes="panel")
+        yield Input(placeholder="show jobs that contain…", id="filter", disabled=True)
+        yield Static(id="question")
+        yield Footer()
+
+    def on_mount(self) -> None:
+        self.watch_appliance()
+
+    @work
+    async def watch_appliance(self) -> None:
+        """Look twice a second, for as long as the dashboard is open."""
+        async with self._client:
+            while True:
+                self.show(await self._feed.read())
+                await asyncio.sleep(POLL_S)
+
+    def show(self, reading: Reading) -> None:
+        self._reading = reading
+        self.query_one(Headline).show(reading)
+        main = self.screen_stack[0]
+        main.set_class(reading.status is None, "stale")
+        main.set_class(not self._seen and reading.status is None, "never")
+        if reading.status is None:
+            self.query_one("#nothing", Static).update(f"{reading.trouble}\n\nTrying again until it answers.")
+        else:
+            self._seen = True
+            self._show_status(reading, reading.status)
+
+    def _show_status(self, reading: Reading, status: Status) -> None:
+        history, now = reading.history, reading.now
+        serving, training = status.serving, status.training
+        self.query_one(LatencyPanel).show(reading, status)
+        self.query_one(LatencyPlot).show(reading, status.slo.tpot_ms)
+        queue = f"{serving.running} running, {serving.waiting} waiting"
+        self.query_one("#serving", RatePanel).show(
+            history.served_per_s(now), serving.output_tokens_per_s, queue
+        )
+        loss = "" if training.loss is None else f"loss {training.loss:.3f}"
+        self.query_one("#training", RatePanel).show(history.trained_per_s(now), training.tokens_per_s, loss)
+        colours = lane_colours(self)
+        self.query_one(PartitionPanel).show(words.partition_shares(status, colours), words.mode(status))
+        pool = f"{status.pool.slots:,} slots · {status.pool.reclaims} reclaims"
+        self.query_one(PoolPanel).show(words.pool_shares(status.pool, colours), pool)
+        self.query_one(JobsPanel).show(status.jobs)
+        self.query_one(ModelsPanel).show(status)
+
+    def _show_again(self) -> None:
+        if self._reading is not None:
+            self.show(self._reading)
+
+    # -- keys ------------------------------------------------------------------------------------
+
+    def action_help(self) -> None:
+        self.push_screen(HelpScreen())
+
+    def action_next_theme(self) -> None:
+        names = list(self._themes)
+        self._theme_name = names[(names.index(self._theme_name) + 1) % len(names)]
+        self.theme = PREFIX + self._theme_name
+        self._show_again()
+
+    def action_filter(self) -> None:
+        field = self.query_one("#filter", Input)
+        field.disabled = False
+        field.add_class("open")
+        field.focus()
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        self.query_one(JobsPanel).wanted = event.value.strip()
+        self._show_again()
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        self._close_filter()
+
+    def _close_filter(self) -> None:
+        field = self.query_one("#filter", Input)
+        field.remove_class("open")
+        field.disabled = True
+        self.set_focus(None)
+
+    def action_leave(self) -> None:
+        """Esc: forget the question, then the filter."""
+        if self._candidate is not None:
+            self._ask(None)
+            return
+        self.query_one("#filter", Input).value = ""
+        self._close_filter()
+
+    def action_next_policy(self) -> None:
+        """Offer the next policy; nothing changes before Enter."""
+        if self._reading is None or self._reading.status is None:
+            return
+        now = self._reading.status.policy
+        start = self._candidate or now
+        following = (
+            POLICIES[(POLICIES.index(start) + 1) % len(POLICIES)] if start in POLICIES else POLICIES[0]
+        )
+        self._ask(None if following == now else following)
+
+    def _ask(self, candidate: str | None) -> None:
+        self._candidate = candidate
+        question = self.query_one("#question", Static)
+        question.set_class(candidate is not None, "open")
+        if candidate is not None:
+            question.update(f"Change the policy to {candidate}?  Enter yes · p next · Esc no")
+
+    async def action_apply_policy(self) -> None:
+        candidate, self._candidate = self._candidate, None
+        self._ask(None)
+        if candidate is None:
+            return
+        try:
+            await self._client.change_policy(PolicyChange.model_validate({"policy": candidate}))
+        except HarliError as error:
+            self.notify(error.message, severity="error")
+        else:
+            self.notify(f"The policy is now {candidate}.")

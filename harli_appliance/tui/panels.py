@@ -1,0 +1,151 @@
+"""The panels of the dashboard. Each shows one part of a reading and knows nothing of the others."""
+
+from __future__ import annotations
+
+from rich.text import Text
+from textual.app import App, ComposeResult, RenderResult
+from textual.containers import Vertical
+from textual.widget import Widget
+from textual.widgets import DataTable, Digits, Static
+
+from harli_appliance.schema import JobView, Status
+from harli_appliance.tui import words
+from harli_appliance.tui.bars import Share, bar, legend
+from harli_appliance.tui.feed import Reading
+
+
+def lane_colours(app: App[None]) -> dict[str, str]:
+    """The theme's colours by owner of memory; what training leases has training's colour."""
+    variables = app.theme_variables
+    owners = {"serving": "serving", "cached": "cached", "leased": "training", "free": "free"}
+    return {owner: variables[f"harli-{lane}"] for owner, lane in owners.items()}
+
+
+class Headline(Static):
+    """State, uptime, policy, model and device in one line; or that there is no connection, and why."""
+
+    def show(self, reading: Reading) -> None:
+        status = reading.status
+        variables = self.app.theme_variables
+        if status is None:
+            text = Text(" ● no connection, trying again", style=f"bold {variables['error']}", no_wrap=True)
+            self.update(text.append(f"  {reading.trouble}", style=f"not bold {variables['foreground']}"))
+            return
+        colour = variables["success" if status.state == "ready" else "warning"]
+        text = Text(" Harli ", style="bold", no_wrap=True, overflow="ellipsis")
+        text.append(f" ● {status.state}", style=f"bold {colour}")
+        text.append(f" {words.duration(status.uptime_s)}", style="not bold dim")
+        for label, value in (("policy", status.policy), ("", status.model), ("on", status.device)):
+            text.append(f"  {label} " if label else "  ", style="not bold dim")
+            text.append(value)
+        self.update(text)
+
+
+class LatencyPanel(Vertical):
+    """The live time per output token as a big number, its percentiles and the attainment."""
+
+    BORDER_TITLE = "TPOT"
+
+    def compose(self) -> ComposeResult:
+        yield Digits("-", id="tpot")
+        yield Static(id="tpot-facts")
+
+    def show(self, reading: Reading, status: Status) -> None:
+        serving, slo = status.serving, status.slo
+        live = reading.history.live_tpot(reading.now)
+        digits = self.query_one("#tpot", Digits)
+        digits.update("-" if live is None else f"{live:.0f}")
+        digits.set_classes(words.verdict(live, slo.tpot_ms) or "")
+        self.border_subtitle = f"target {slo.tpot_ms:,.0f} ms"
+        variables = self.app.theme_variables
+        facts = Text()
+        rows = (
+            ("p50", words.ms(serving.tpot_ms.p50), words.verdict(serving.tpot_ms.p50, slo.tpot_ms)),
+            ("p99", words.ms(serving.tpot_ms.p99), words.verdict(serving.tpot_ms.p99, slo.tpot_ms)),
+            ("ITL p99", words.ms(serving.itl_ms.p99), None),
+            ("TTFT p99", words.ms(serving.ttft_ms.p99), words.verdict(serving.ttft_ms.p99, slo.ttft_ms)),
+            ("attained", words.percent(slo.attainment), words.attainment_verdict(slo.attainment)),
+        )
+        for index, (name, value, verdict) in enumerate(rows):
+            facts.append("\n" if index else "")
+            facts.append(f"{name:<10}", style="dim")
+            facts.append(f"{value:>10}", style=f"bold {variables[verdict]}" if verdict else "")
+        self.query_one("#tpot-facts", Static).update(facts)
+
+
+class SharesPanel(Widget):
+    """A whole that is shared out: one bar as wide as the panel, and its legend."""
+
+    shares: tuple[Share, ...] = ()
+
+    def show(self, shares: list[Share], subtitle: str) -> None:
+        self.shares = tuple(shares)
+        self.border_subtitle = subtitle
+        self.refresh()
+
+    def render(self) -> RenderResult:
+        width, height = self.size
+        drawn = bar(self.shares, width)
+        return Text("\n").join([drawn, legend(self.shares, width, lines=max(height - 1, 1))])
+
+
+class PartitionPanel(SharesPanel):
+    BORDER_TITLE = "Compute"
+
+
+class PoolPanel(SharesPanel):
+    BORDER_TITLE = "Memory"
+
+
+class JobsPanel(Vertical):
+    """Jobs with progress and loss; shows those that contain the filter."""
+
+    BORDER_TITLE = "Jobs"
+    wanted = ""
+
+    def compose(self) -> ComposeResult:
+        table: DataTable[Text] = DataTable(cursor_type="row", show_cursor=False, zebra_stripes=True)
+        yield table
+
+    def on_mount(self) -> None:
+        self.query_one(DataTable).add_columns("job", "status", "progress", "loss", "adapter")
+
+    def show(self, jobs: list[JobView]) -> None:
+        shown = [job for job in jobs if self.wanted in f"{job.id} {job.status} {job.fine_tuned_model or ''}"]
+        table: DataTable[Text] = self.query_one(DataTable)
+        scroll = table.scroll_y
+        table.clear()
+        for job in shown:
+            table.add_row(*self._cells(job), key=job.id)
+        table.scroll_to(y=scroll, animate=False)
+        count = f"{len(shown)} of {len(jobs)} · /{self.wanted}" if self.wanted else ""
+        self.border_subtitle = count
+
+    def _cells(self, job: JobView) -> tuple[Text, ...]:
+        variables = self.app.theme_variables
+        colours = {
+            "running": variables["harli-training"],
+            "succeeded": variables["success"],
+            "failed": variables["error"],
+        }
+        what = job.error or job.fine_tuned_model or ""
+        return (
+            Text(job.id),
+            Text(job.status, style=colours.get(job.status, "dim")),
+            Text(words.progress(job), style=colours.get(job.status, "dim")),
+            Text("" if job.loss is None else f"{job.loss:.3f}", justify="right"),
+            Text(what, style=variables["error"] if job.error else ""),
+        )
+
+
+class ModelsPanel(Static):
+    BORDER_TITLE = "Models"
+
+    def show(self, status: Status) -> None:
+        text = Text(no_wrap=True, overflow="ellipsis")
+        for index, model in enumerate(status.models):
+            text.append("\n" if index else "")
+            base = model.kind == "base"
+            text.append("● " if base else "└ ", style=self.app.theme_variables["harli-serving"])
+            text.append(model.id, style="bold" if base else "")
+        self.update(text)

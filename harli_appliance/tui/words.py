@@ -1,0 +1,83 @@
+"""How numbers and states are said, in the dashboard and in its text snapshot alike."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from harli_appliance.schema import JobView, PoolView, Status
+from harli_appliance.tui.bars import Share
+
+Verdict = Literal["success", "warning", "error"]
+
+NEAR_TARGET = 0.9
+"""From this share of the target on, a latency is worth a look."""
+
+LEAST_ATTAINMENT = 0.99
+
+MODES = {
+    "idle": "idle",
+    "pause": "serving, training waits",
+    "time_slice": "taking turns",
+    "partition": "both at once",
+    "training": "training only",
+}
+
+BAR_CELLS = 10
+
+
+def verdict(value: float | None, target: float) -> Verdict | None:
+    """Whether a latency keeps its promise; None when there is none."""
+    if value is None:
+        return None
+    if value > target:
+        return "error"
+    return "warning" if value > NEAR_TARGET * target else "success"
+
+
+def attainment_verdict(attainment: float | None) -> Verdict | None:
+    if attainment is None:
+        return None
+    return "success" if attainment >= LEAST_ATTAINMENT else "error"
+
+
+def ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f} ms"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours}h"
+    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {rest:02}s"
+
+
+def mode(status: Status) -> str:
+    return f"{MODES[status.mode]} · {status.reason}"
+
+
+def progress(job: JobView) -> str:
+    """A small bar and the steps; nothing before the number of steps is known."""
+    if not job.total_steps:
+        return ""
+    full = round(BAR_CELLS * min(job.step, job.total_steps) / job.total_steps)
+    return f"{'━' * full}{'╌' * (BAR_CELLS - full)} {job.step}/{job.total_steps}"
+
+
+def pool_shares(pool: PoolView, colours: dict[str, str]) -> list[Share]:
+    sizes = {"serving": pool.serving, "cached": pool.cached, "leased": pool.leased, "free": pool.free}
+    return [Share(name, size, colours[name], f"{size:,}") for name, size in sizes.items()]
+
+
+def partition_shares(status: Status, colours: dict[str, str]) -> list[Share]:
+    part = status.partition
+    share = min(max(part.inference_share, 0.0), 1.0)
+    return [
+        Share("inference", share, colours["serving"], part.inference),
+        Share("training", 1.0 - share, colours["leased"], part.training),
+    ]
