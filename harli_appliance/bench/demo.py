@@ -31,7 +31,7 @@ from harli_appliance.errors import ApplianceUnavailable, ConfigError, HarliError
 from harli_appliance.models.catalog import resolve_model
 
 INTERRUPTED = 130
-_DEATH_NOTICE_S = 2.0
+_DEATH_NOTICE_S = 10.0
 
 
 def run(

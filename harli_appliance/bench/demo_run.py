@@ -30,7 +30,6 @@ CONTROL: Final = "What is a guitar?"
 """Not in the lesson: shows what became of everything else."""
 TOGETHER: Final = "serving and training"
 _ANSWER_TOKENS: Final = 48
-_POLL_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +52,7 @@ class DemoPlan:
     lora_alpha: float = 16.0
     ready_timeout_s: float = 300.0
     job_timeout_s: float = 540.0
+    poll_s: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +89,14 @@ class _Recorder:
     """Collects the appliance's timeline while the demo runs."""
 
     client: HarliClient
+    poll_s: float
     samples: list[Sample] = field(default_factory=list)
     _next: int = 0
 
     async def run(self) -> None:
         while True:
             await self.catch_up()
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(self.poll_s)
 
     async def catch_up(self) -> None:
         timeline = await self.client.timeline(self._next)
@@ -111,7 +112,7 @@ class DemoRun:
         self._model = model
         self._plan = plan
         self._narrator = narrator
-        self._recorder = _Recorder(client)
+        self._recorder = _Recorder(client, plan.poll_s)
         self._recording: asyncio.Task[None] | None = None
         self._phases: list[Phase] = []
 
@@ -215,9 +216,9 @@ class DemoRun:
                 await self._check_job(job)
                 if time.time() - asked > plan.job_timeout_s:
                     raise JobFailed(f"job {job} trained nothing in {plan.job_timeout_s:g} s; see the log")
-                await asyncio.sleep(_POLL_S)
+                await asyncio.sleep(plan.poll_s)
             while True:
-                await asyncio.sleep(_POLL_S)
+                await asyncio.sleep(plan.poll_s)
                 ended, share = await self._check_job(job)
                 rate = training_rate(self._recorder.samples, asked, time.time())
                 spent = time.time() - first
@@ -267,7 +268,7 @@ class DemoRun:
                     f"job {job} is not done after {self._plan.job_timeout_s:g} s ({share:.0%} of its steps); "
                     "see the appliance's log"
                 )
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(self._plan.poll_s)
         ended_at = time.time()
         await asyncio.sleep(max(0.0, started + self._plan.both_at_least_s - ended_at))
         stop.set()
