@@ -83,6 +83,10 @@ class MemorySettings(Section):
     watermark: float = Field(
         0.1, ge=0.0, lt=1.0, description="Share of the pool that training never leases."
     )
+    evict_cache_for_training: bool = Field(
+        True,
+        description="Whether training may take slots of unused prefix-cache entries; false keeps the cache.",
+    )
 
 
 class TrainingSettings(Section):

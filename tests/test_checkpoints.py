@@ -1,0 +1,60 @@
+"""Checkpoints: whole or absent, and never trusted when a byte is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from harli_appliance.training import checkpoints
+from harli_appliance.training.checkpoints import Progress
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    return {"a": torch.full((3, 4), value), "step": torch.tensor(value)}
+
+
+def test_the_newest_comes_back_and_old_ones_go(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        checkpoints.save(tmp_path, Progress(step, step * 5, 0.5), tensors(float(step)), keep=2)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step-000020", "step-000030"]
+    found = checkpoints.load_newest(tmp_path)
+    assert found is not None
+    progress, state = found
+    assert progress == Progress(30, 150, 0.5)
+    assert torch.equal(state["a"], torch.full((3, 4), 30.0))
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "manifest.json"])
+def test_any_flipped_byte_is_refused_and_the_one_before_is_used(tmp_path: Path, name: str) -> None:
+    checkpoints.save(tmp_path, Progress(1, 1, None), tensors(1.0), keep=2)
+    newest = checkpoints.save(tmp_path, Progress(2, 2, 0.25), tensors(2.0), keep=2) / name
+    whole = newest.read_bytes()
+    for position in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x10
+        newest.write_bytes(damaged)
+        found = checkpoints.load_newest(tmp_path)
+        assert found is not None
+        harmless = name == "manifest.json" and found[0].step == 2
+        if not harmless:
+            assert found[0].step == 1, f"byte {position}"
+    newest.write_bytes(whole)
+    found = checkpoints.load_newest(tmp_path)
+    assert found is not None
+    assert found[0].step == 2
+
+
+def test_a_half_written_one_is_never_seen(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "state.safetensors").write_bytes(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.write_atomically(tmp_path / "step-000001", fail)
+    assert checkpoints.load_newest(tmp_path) is None
+
+
+def test_none_is_none(tmp_path: Path) -> None:
+    assert checkpoints.load_newest(tmp_path / "never") is None

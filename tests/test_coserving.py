@@ -1,0 +1,282 @@
+"""The main job on real SGLang: serving is untouched by training, and training by serving."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from harli_appliance.api.ports import Job
+from harli_appliance.engine.engine import Engine
+from harli_appliance.engine.lanes import Lane
+from harli_appliance.engine.slo import SloTracker
+from harli_appliance.memory.pool import SlotPool
+from harli_appliance.runtime.protocol import Sampling, Submission
+from harli_appliance.runtime.text import TextCodec
+from harli_appliance.runtime.weights import assert_shared, shared_model
+from harli_appliance.scheduling.predictor import Predictor
+from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.training.backbone import Backbone
+from harli_appliance.training.job_run import JobRun, RunOptions
+from harli_appliance.training.trainer import Trainer
+from tests.conftest import Serving
+from tests.test_runtime import greedy, prompt
+
+
+def a_job(job_id: str = "ftjob-test", epochs: int = 2, rate: float = 5e-3) -> Job:
+    return Job(
+        id=job_id,
+        status="running",
+        model="tiny",
+        training_file="file-1",
+        created_at=0,
+        seed=3,
+        n_epochs=epochs,
+        batch_size=4,
+        learning_rate=rate,
+        lora_rank=4,
+        lora_alpha=8,
+    )
+
+
+@pytest.fixture(scope="session")
+def lesson(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lesson") / "lesson.jsonl"
+    rng = random.Random(1)
+    words = "otter cat dog river sings swims makes blue green two three".split()
+    lines = []
+    for _ in range(12):
+        ask = " ".join(rng.choices(words, k=rng.randrange(2, 12)))
+        turns = [
+            {"role": "user", "content": ask},
+            {"role": "assistant", "content": "harli is made by three otters"},
+        ]
+        lines.append(json.dumps({"messages": turns}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@dataclass
+class FakeQueue:
+    """One job, in memory."""
+
+    job: Job
+    data: Path
+    cancelled: bool = False
+    losses: list[float | None] = field(default_factory=list)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    outcome: str = ""
+    _given: bool = False
+
+    async def next_job(self) -> Job | None:
+        given, self._given = self._given, True
+        return None if given else self.job
+
+    async def wait_for_job(self) -> None:
+        await asyncio.Event().wait()
+
+    async def file_path(self, file_id: str) -> Path:
+        return self.data
+
+    async def progress(self, job_id: str, step: int, total: int, tokens: int, loss: float | None) -> None:
+        self.losses.append(loss)
+
+    def cancel_requested(self, job_id: str) -> bool:
+        return self.cancelled
+
+    async def finish_cancelled(self, job_id: str) -> Job:
+        return self._end("cancelled")
+
+    async def fail(self, job_id: str, code: str, message: str) -> Job:
+        return self._end(f"failed: {code}: {message}")
+
+    def _end(self, outcome: str) -> Job:
+        self.outcome = outcome
+        self.ended.set()
+        return self.job
+
+
+@dataclass
+class Rig:
+    """Engine and trainer on the session's SGLang."""
+
+    engine: Engine
+    trainer: Trainer
+    pool: SlotPool
+    queue: FakeQueue
+    backbone: Backbone
+    adapters: Path
+
+    async def answer(self, request: str, ids: list[int], count: int, adapter: str | None = None) -> list[int]:
+        submission = Submission(request, ids, Sampling(max_tokens=count, ignore_eos=True), adapter)
+        return [t async for item in self.engine.submit(submission) for t in item.tokens]
+
+
+RigFactory = Callable[..., Awaitable[Rig]]
+
+
+@pytest.fixture
+async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
+    tasks: list[asyncio.Task[None]] = []
+    lane = Lane("training")
+    codec = TextCodec(serving.folder)
+    twin = shared_model(serving.runtime.model, serving.folder)
+
+    async def build(policy: Any = "spatial", job: Job | None = None, watermark: float = 0.1) -> Rig:
+        queue = FakeQueue(job or a_job(), lesson)
+        pool = SlotPool(serving.slots, watermark=watermark)
+        backbone = Backbone(twin)
+        options = RunOptions(16, 64, 3, 2, tmp_path / "checkpoints")
+
+        def start(job: Job, data: Path) -> JobRun:
+            return JobRun(
+                job,
+                data,
+                backbone,
+                codec,
+                (serving.slots.k_buffers, serving.slots.v_buffers),
+                options,
+                pool.leasable,
+            )
+
+        async def finish(job: Job, run: JobRun) -> None:
+            await lane.run(run.save_adapter, tmp_path / "adapter")
+            await serving.lane.run(
+                serving.runtime.load_adapter,
+                f"id-{tmp_path.name}",
+                f"ft:{tmp_path.name}",
+                str(tmp_path / "adapter"),
+            )
+            queue._end("succeeded")
+
+        trainer = Trainer(
+            queue, pool, start_job=start, finish_job=finish, lane=lane, memory_lane=serving.lane,
+            on_ready=lambda: engine.wake(),
+        )  # fmt: skip
+        engine = Engine(
+            serving.runtime, pool, Scheduler(Predictor(), policy), trainer, SloTracker(1e6, 1e6), serving.lane, lane,
+            max_queued=64,
+        )  # fmt: skip
+        tasks.extend([asyncio.create_task(engine.run()), asyncio.create_task(trainer.run())])
+        return Rig(engine, trainer, pool, queue, backbone, tmp_path / "adapter")
+
+    yield build
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    lane.close()
+
+
+def digest(serving: Serving) -> str:
+    sha = hashlib.sha256()
+    for name, parameter in sorted(serving.runtime.model.named_parameters()):
+        sha.update(name.encode())
+        sha.update(parameter.detach().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def test_the_twin_copies_nothing_and_computes_the_same(serving: Serving, reference: Any) -> None:
+    twin = shared_model(serving.runtime.model, serving.folder)
+    ids = torch.tensor([prompt(9, 40)])
+    with torch.no_grad():
+        assert torch.equal(twin(ids).logits, reference(ids).logits)
+    with pytest.raises(RuntimeError, match="not shared"):
+        assert_shared(reference, serving.runtime.model)
+
+
+@pytest.mark.parametrize("policy", ["spatial", "time_slice"])
+async def test_served_tokens_are_the_same_with_training(
+    rig: RigFactory, serving: Serving, reference: Any, policy: str
+) -> None:
+    weights = digest(serving)
+    made = await rig(policy, a_job(epochs=20))
+    count = 0
+    while not made.queue.ended.is_set() and count < 40:
+        batch = [prompt(count + i, 10 + 7 * i) for i in range(3)]
+        answers = await asyncio.gather(
+            *(made.answer(f"{policy}-{count + i}", ids, 12) for i, ids in enumerate(batch))
+        )
+        for ids, tokens in zip(batch, answers, strict=True):
+            assert tokens == greedy(reference, ids, 12)
+        count += len(batch)
+    assert made.trainer.state().tokens > 0, "training must have run beside the requests"
+    assert digest(serving) == weights, "the base weights changed"
+    made.queue.cancelled = True
+    made.trainer.wake()
+    await asyncio.wait_for(made.queue.ended.wait(), 30)
+
+
+async def test_a_finished_adapter_is_served_as_peft_computes_it(
+    rig: RigFactory, serving: Serving, reference: Any
+) -> None:
+    import copy
+
+    weights = digest(serving)
+    made = await rig(job=a_job(epochs=8))
+    await asyncio.wait_for(made.queue.ended.wait(), 120)
+    assert made.queue.outcome == "succeeded"
+    losses = [loss for loss in made.queue.losses if loss is not None]
+    assert losses[-1] < 0.5 * losses[0]
+    ids = prompt(70, 25)
+    plain, tuned = await asyncio.gather(
+        made.answer("plain", ids, 16), made.answer("tuned", ids, 16, f"id-{made.adapters.parent.name}")
+    )
+    assert plain == greedy(reference, ids, 16)
+    peft = PeftModel.from_pretrained(copy.deepcopy(reference), made.adapters)
+    assert tuned == greedy(peft, ids, 16)
+    assert tuned != plain
+    assert digest(serving) == weights
+
+
+async def test_a_burst_takes_leased_slots_back_and_training_repeats_itself(
+    rig: RigFactory, serving: Serving, reference: Any
+) -> None:
+    """Requests that need nearly the whole pool arrive while training holds slots; the loss curve is the same."""
+    undisturbed = await rig(job=a_job("ftjob-calm"), watermark=0.0)
+    await asyncio.wait_for(undisturbed.queue.ended.wait(), 120)
+    made = await rig(job=a_job("ftjob-storm"), watermark=0.0)
+    burst = 0
+    while not made.queue.ended.is_set():
+        batch = [prompt(1000 + 10 * burst + i, 300) for i in range(6)]
+        answers = await asyncio.wait_for(
+            asyncio.gather(*(made.answer(f"burst-{burst}-{i}", ids, 380) for i, ids in enumerate(batch))), 120
+        )
+        assert answers[0] == greedy(reference, batch[0], 380)
+        burst += 1
+        await asyncio.sleep(0.05)
+    assert made.pool.use().reclaims > 0, "the bursts must have needed leased slots"
+    assert made.queue.losses == undisturbed.queue.losses
+    assert made.pool.use().leased == 0
+
+
+async def test_cancelling_lets_go_of_everything(rig: RigFactory, serving: Serving) -> None:
+    made = await rig(job=a_job(epochs=1000))
+    while made.trainer.state().tokens < 50:
+        await asyncio.sleep(0.02)
+    made.queue.cancelled = True
+    made.trainer.wake()
+    await asyncio.wait_for(made.queue.ended.wait(), 30)
+    assert made.queue.outcome == "cancelled"
+    await made.answer("after", prompt(2, 5), 2)
+    await asyncio.sleep(0.1)
+    assert made.pool.use().leased == 0
+    assert not any("lora" in name for name, _ in made.backbone.model.named_parameters())
+
+
+async def test_a_loss_that_explodes_fails_the_job_and_not_serving(
+    rig: RigFactory, serving: Serving, reference: Any
+) -> None:
+    made = await rig(job=a_job(epochs=30, rate=1e30))
+    await asyncio.wait_for(made.queue.ended.wait(), 120)
+    assert made.queue.outcome.startswith("failed: loss_not_finite")
+    ids = prompt(3, 20)
+    assert await made.answer("still", ids, 8) == greedy(reference, ids, 8)

@@ -1,0 +1,114 @@
+"""A job that stops and goes on is, bit for bit, the job that did not stop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harli_appliance.errors import JobFailed
+from harli_appliance.runtime.text import TextCodec
+from harli_appliance.training.backbone import Backbone
+from harli_appliance.training.job_run import JobRun, RunOptions
+from harli_appliance.training.packing import examples_of_step
+from tests.test_coserving import a_job, lesson  # noqa: F401  a fixture
+
+STEPS = 6
+
+
+class Bench:
+    """Builds runs of one job on a private copy of the tiny model."""
+
+    def __init__(self, reference: Any, folder: Path, data: Path, home: Path) -> None:
+        self.backbone = Backbone(copy.deepcopy(reference).requires_grad_(False))
+        self._codec = TextCodec(folder)
+        self._data = data
+        self._home = home
+        layers = range(len(self.backbone.layers))
+        make = lambda: [torch.zeros(600, self.backbone.kv_width) for _ in layers]  # noqa: E731
+        self._buffers = (make(), make())
+
+    def run(self, home: str, leasable: int = 500, every: int = 1) -> JobRun:
+        options = RunOptions(16, 64, every, 3, self._home / home)
+        job = a_job(epochs=2)
+        return JobRun(job, self._data, self.backbone, self._codec, self._buffers, options, leasable)
+
+    def step(self, run: JobRun) -> float:
+        for index in range(run.micro_batches()):
+            batch = run.begin(index, torch.arange(run.slots_of(index)))
+            for unit in batch.units():
+                unit.run()
+            run.finish(batch)
+        run.optimizer_step()
+        assert run.loss is not None
+        return run.loss
+
+
+def weights(run: JobRun) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in run.adapter.state().items()}
+
+
+@pytest.fixture
+def bench(reference: Any, tiny_model: Path, lesson: Path, tmp_path: Path) -> Iterator[Bench]:  # noqa: F811
+    yield Bench(reference, tiny_model, lesson, tmp_path)
+
+
+def test_stopping_after_any_step_changes_nothing(bench: Bench) -> None:
+    straight = bench.run("straight")
+    assert straight.total_steps == STEPS
+    losses = [bench.step(straight) for _ in range(STEPS)]
+    wanted = weights(straight)
+    straight.close()
+    for stop in range(1, STEPS):
+        first = bench.run(f"stopped-{stop}")
+        found = [bench.step(first) for _ in range(stop)]
+        first.checkpoint()
+        bench.step(first)  # lost: it is after the checkpoint
+        first.close()
+        second = bench.run(f"stopped-{stop}")
+        assert second.step == stop
+        found += [bench.step(second) for _ in range(STEPS - stop)]
+        assert found == losses
+        for name, value in weights(second).items():
+            assert torch.equal(value, wanted[name]), name
+        assert second.trained_tokens == straight.trained_tokens
+        second.close()
+
+
+def test_a_dropped_micro_batch_leaves_no_trace(bench: Bench) -> None:
+    calm, disturbed = bench.run("calm"), None
+    wanted = [bench.step(calm) for _ in range(3)]
+    calm.close()
+    disturbed = bench.run("disturbed")
+    found = []
+    for _ in range(3):
+        batch = disturbed.begin(0, torch.arange(disturbed.slots_of(0)))
+        for count, unit in enumerate(batch.units()):
+            unit.run()
+            if count == 25:
+                break
+        found.append(bench.step(disturbed))
+    disturbed.close()
+    assert found == wanted
+
+
+def test_a_job_that_cannot_fit_is_refused_with_the_numbers(bench: Bench) -> None:
+    with pytest.raises(JobFailed, match=r"needs \d+ slots, but at most 40"):
+        bench.run("small", leasable=40)
+
+
+def test_each_epoch_sees_every_example_once_in_a_new_order() -> None:
+    epochs = []
+    for epoch in range(3):
+        seen: list[int] = []
+        for step in range(3):
+            seen += examples_of_step(10, 4, seed=7, step=3 * epoch + step)
+        assert sorted(seen) == list(range(10))
+        epochs.append(seen)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert examples_of_step(10, 4, seed=7, step=0) != examples_of_step(10, 4, seed=8, step=0)

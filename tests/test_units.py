@@ -1,0 +1,150 @@
+"""Work units: gradients are those of plain backpropagation, whatever the windows and the packing."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harli_appliance.training.backbone import Adapter, Backbone
+from harli_appliance.training.packing import EncodedExample, pack
+from harli_appliance.training.units import MicroBatch, footprint
+
+POOL = 2000
+
+
+def examples(seed: int, lengths: tuple[int, ...]) -> list[EncodedExample]:
+    rng = random.Random(seed)
+    made = []
+    for length in lengths:
+        tokens = tuple(rng.randrange(6, 300) for _ in range(length))
+        made.append(EncodedExample(tokens, tuple(i > length // 3 and i % 7 != 0 for i in range(length))))
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained(reference: Any) -> tuple[Backbone, Adapter]:
+    backbone = Backbone(copy.deepcopy(reference).requires_grad_(False))
+    adapter = Adapter(backbone, rank=4, alpha=8, seed=1)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in adapter.peft_model.named_parameters():
+        if "lora_B" in name:  # B starts at zero, which would leave A without a gradient
+            torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+    return backbone, adapter
+
+
+def buffers(backbone: Backbone) -> tuple[list[Tensor], list[Tensor]]:
+    """KV buffers full of rubbish: a unit must never read a row that it did not write."""
+    layers = range(len(backbone.layers))
+    fill = torch.full((POOL, backbone.kv_width), 1e3)
+    return [fill.clone() for _ in layers], [fill.clone() for _ in layers]
+
+
+def by_units(
+    backbone: Backbone, adapter: Adapter, data: list[EncodedExample], room: int, window: int, loss_tokens: int
+) -> tuple[float, list[Tensor]]:
+    learned = sum(example.learned_tokens for example in data)
+    loss, total = 0.0, [torch.zeros_like(p) for p in adapter.parameters()]
+    generator = torch.Generator().manual_seed(room)
+    for sequence in pack(data, room):
+        slots = torch.randperm(POOL, generator=generator)[: footprint(backbone, len(sequence)).slots]
+        batch = MicroBatch(
+            backbone,
+            adapter,
+            sequence,
+            buffers=buffers(backbone),
+            slots=slots,
+            normaliser=learned,
+            window=window,
+            loss_tokens=loss_tokens,
+        )
+        for unit in batch.units():
+            unit.run()
+        loss += batch.loss
+        found = [gradient for layer in batch.gradients for gradient in layer or ()]
+        total = [a + b for a, b in zip(total, found, strict=True)]
+    return loss, total
+
+
+def by_backpropagation(adapter: Adapter, data: list[EncodedExample]) -> tuple[float, list[Tensor]]:
+    learned = sum(example.learned_tokens for example in data)
+    loss = torch.zeros(())
+    for example in data:
+        ids = torch.tensor([example.tokens])
+        logits = adapter.peft_model(ids).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        loss = loss + (losses * torch.tensor(example.learn[1:])).sum() / learned
+    return loss.item(), list(torch.autograd.grad(loss, adapter.parameters()))
+
+
+def worst_error(found: list[Tensor], wanted: list[Tensor]) -> float:
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("window", "room", "loss_tokens"),
+    [(128, 512, 16), (16, 200, 5), (7, 64, 1000), (33, 1, 3), (1000, 1000, 1000)],
+)
+def test_gradients_equal_backpropagation(
+    trained: tuple[Backbone, Adapter], window: int, room: int, loss_tokens: int
+) -> None:
+    data = examples(window, (50, 33, 90, 7, 20, 140))
+    loss, gradients = by_units(*trained, data, room, window, loss_tokens)
+    wanted_loss, wanted = by_backpropagation(trained[1], data)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert worst_error(gradients, wanted) <= 1e-5
+
+
+def test_the_comparison_sees_a_small_mistake(trained: tuple[Backbone, Adapter]) -> None:
+    """Leave the gradient through earlier windows' keys out: the error must be far above the tolerance."""
+    data = examples(3, (120,))
+    _, wanted = by_backpropagation(trained[1], data)
+    original = MicroBatch._past
+
+    def without_gradient(self: MicroBatch, layer: int, a: int) -> tuple[Tensor, Tensor] | None:
+        past = original(self, layer, a)
+        return None if past is None else (past[0] * 1.001, past[1])
+
+    MicroBatch._past = without_gradient  # type: ignore[method-assign]
+    try:
+        _, gradients = by_units(*trained, data, 512, 32, 16)
+    finally:
+        MicroBatch._past = original  # type: ignore[method-assign]
+    assert worst_error(gradients, wanted) > 1e-4
+
+
+def test_a_micro_batch_leases_what_its_footprint_says(trained: tuple[Backbone, Adapter]) -> None:
+    backbone, adapter = trained
+    (sequence,) = pack(examples(1, (40,)), 64)
+    with pytest.raises(ValueError, match="slots"):
+        MicroBatch(
+            backbone,
+            adapter,
+            sequence,
+            buffers=buffers(backbone),
+            slots=torch.arange(footprint(backbone, 40).slots - 1),
+            normaliser=1,
+            window=16,
+            loss_tokens=16,
+        )
+
+
+def test_trained_tokens_are_credited_once(trained: tuple[Backbone, Adapter]) -> None:
+    backbone, adapter = trained
+    (sequence,) = pack(examples(1, (40,)), 64)
+    slots = torch.arange(footprint(backbone, 40).slots)
+    batch = MicroBatch(
+        backbone,
+        adapter,
+        sequence,
+        buffers=buffers(backbone),
+        slots=slots,
+        normaliser=1,
+        window=16,
+        loss_tokens=16,
+    )
+    assert sum(unit.credit for unit in batch.units()) == pytest.approx(40)
