@@ -11,6 +11,7 @@ import json
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -32,6 +33,7 @@ from harli_appliance.models.catalog import resolve_model
 
 INTERRUPTED = 130
 _DEATH_NOTICE_S = 10.0
+_PLAIN_WIDTH = 120
 
 
 def run(
@@ -72,7 +74,8 @@ def run(
     if json_output:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        print_summary(report, Console())
+        console = Console()
+        print_summary(report, console if console.is_terminal else Console(width=_PLAIN_WIDTH))
     errors.print(f"report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
     missed = [goal for goal in report["goals"].values() if not goal["met"]]
     for goal in missed:
@@ -89,6 +92,7 @@ def _as_interrupt(number: int, frame: FrameType | None) -> None:
 def _run(
     out: Path, plan: DemoPlan, settings: Settings, command: Sequence[str], errors: Console
 ) -> dict[str, Any]:
+    started = time.monotonic()
     try:
         out.mkdir(parents=True, exist_ok=True)
         (settings.home / "demo").mkdir(parents=True, exist_ok=True)
@@ -102,7 +106,7 @@ def _run(
             model = _fetch(plan.model, settings, narrator)
             seen = asyncio.run(_measure(model, home, out / "appliance.log", plan, command, narrator))
             with narrator.step("Writing the report"):
-                report = build_report(seen, describe_machine())
+                report = build_report(seen, describe_machine(), time.monotonic() - started)
                 write_report(out, "report", report, build_page(seen, report))
     finally:
         shutil.rmtree(home, ignore_errors=True)
@@ -128,6 +132,8 @@ async def _measure(
         "server.port": 0,
         "model.path": model,
         "model.served_name": model.name,
+        "model.context_length": plan.context_length,
+        "memory.pool_slots": plan.pool_slots,
     }
     async with AsyncExitStack() as stack:
         with narrator.step("Starting the appliance") as step:

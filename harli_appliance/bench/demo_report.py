@@ -5,7 +5,7 @@ Knows what was promised. Measures nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table as ConsoleTable
 
 from harli_appliance import __version__
-from harli_appliance.bench.demo_run import TAUGHT, Measurements
+from harli_appliance.bench.demo_run import CONTROL, TAUGHT, Measurements
 from harli_appliance.bench.figures import loss_per_step, memory_split, rates_over_time, tpot_over_time
 from harli_appliance.bench.replay import compare_answers, summarise
 from harli_appliance.bench.report import Conversation, Goal, Page, Picture, Table
@@ -22,8 +22,10 @@ _ENDS: Final = 3
 """The first and the last loss are means of this many steps: a single step is as lucky as its examples."""
 
 
-def build_report(seen: Measurements, machine: dict[str, str | int | float | None]) -> dict[str, Any]:
-    """The content of ``report.json``."""
+def build_report(
+    seen: Measurements, machine: Mapping[str, str | int | float | None], duration_s: float
+) -> dict[str, Any]:
+    """The content of ``report.json``; `duration_s` is that of the whole demo."""
     serving = summarise(seen.both, seen.slo)
     compared, differing = compare_answers(seen.serve_only, seen.both)
     rate, alone = seen.training_tokens_per_s, seen.train_only_tokens_per_s
@@ -31,7 +33,7 @@ def build_report(seen: Measurements, machine: dict[str, str | int | float | None
     report: dict[str, Any] = {
         "harli_version": __version__,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "duration_s": round(seen.duration_s, 1),
+        "duration_s": round(duration_s, 1),
         "model": seen.model,
         "slo": {"tpot_ms": seen.slo.tpot_ms, "ttft_ms": seen.slo.ttft_ms},
         "serving": {
@@ -64,7 +66,7 @@ def build_report(seen: Measurements, machine: dict[str, str | int | float | None
             "control_before": seen.before.control,
             "control_after": seen.after.control,
         },
-        "machine": machine,
+        "machine": dict(machine),
     }
     report["goals"] = {goal.name: goal.as_json() for goal in judge(report)}
     return report
@@ -123,13 +125,14 @@ def build_page(seen: Measurements, report: dict[str, Any]) -> Page:
     """The content of ``report.html``."""
     serving, training = report["serving"], report["training"]
     machine = report["machine"]
-    losses = _ENDS if len(seen.losses) >= _ENDS else len(seen.losses)
+    ends = min(_ENDS, len(seen.losses))
+    factor = seen.slo.tpot_ms / report["serve_only"]["tpot_ms"]["p99"]
     return Page(
         title="Serving and finetuning at the same time",
         lead=(
             f"{seen.model} answered {serving['requests']} bursty requests while a LoRA adapter of it was "
-            f"trained on the same weights, on {machine['cores']} cores of one machine. The promise was 1.5 "
-            "times the slowest answers (p99) of serving alone, measured just before."
+            f"trained on the same weights, on {machine['cores']} cores of one machine. The promise was "
+            f"{factor:.2g} times the p99 of the time per output token of serving alone, measured just before."
         ),
         goals=judge(report),
         conversations=[
@@ -141,7 +144,7 @@ def build_page(seen: Measurements, report: dict[str, Any]) -> Page:
                 ],
             ),
             Conversation(
-                "What is a guitar? (not part of the lesson)",
+                f"{CONTROL} (not part of the lesson)",
                 [
                     (f"{seen.model}, before", seen.before.control),
                     (f"{seen.adapter}, after", seen.after.control),
@@ -162,8 +165,8 @@ def build_page(seen: Measurements, report: dict[str, Any]) -> Page:
             ),
             Picture(
                 "Loss",
-                f"Mean of the first {losses} steps: {_number(training['loss_first'], 3)}; of the last "
-                f"{losses}: {_number(training['loss_last'], 3)}.",
+                f"Mean of the first {ends} steps: {_number(training['loss_first'], 3)}; of the last "
+                f"{ends}: {_number(training['loss_last'], 3)}.",
                 loss_per_step(seen.losses),
             ),
             Picture(
@@ -196,7 +199,7 @@ def print_summary(report: dict[str, Any], console: Console) -> None:
     console.print()
     console.print(adapter["question"], markup=False, highlight=False, style="bold")
     for label in ("before", "after"):
-        console.print(f"  {label:7}{adapter[label]}", markup=False, highlight=False)
+        console.print(f"  {label:7}{adapter[label]}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _serving_table(title: str, numbers: dict[str, Any]) -> Table:

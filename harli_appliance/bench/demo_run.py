@@ -50,6 +50,9 @@ class DemoPlan:
     learning_rate: float = 1e-3
     lora_rank: int = 8
     lora_alpha: float = 16.0
+    pool_slots: int = 4096
+    """Small enough for the memory picture to show who owns what."""
+    context_length: int = 2048
     ready_timeout_s: float = 300.0
     job_timeout_s: float = 540.0
     poll_s: float = 0.5
@@ -81,7 +84,6 @@ class Measurements:
     losses: Sequence[float]
     status: Status
     """At the end."""
-    duration_s: float
 
 
 @dataclass(slots=True)
@@ -122,7 +124,6 @@ class DemoRun:
             JobFailed: the finetuning job failed, was cancelled, or takes too long.
             HarliError: whatever the appliance refuses.
         """
-        began = time.monotonic()
         self._recording = recording = asyncio.create_task(self._recorder.run())
         try:
             before = await self._converse(self._model, "Asking before training")
@@ -151,7 +152,6 @@ class DemoRun:
             training_tokens_per_s=training_rate(self._recorder.samples, together.start, together.end),
             losses=[sample.loss for sample in self._recorder.samples if sample.loss is not None],
             status=await self._client.status(),
-            duration_s=time.monotonic() - began,
         )
 
     async def _converse(self, model: str, title: str) -> Conversations:

@@ -42,7 +42,7 @@ STYLE: Final = """
   :root { --ink: #e4e7eb; --faint: #3a424c; --shade: #20262d;
           --blue: #56b4e9; --orange: #f0b23e; --green: #2fc79a; --red: #ff8a4c; --grey: #6c7681; } }
 """
-RATE_WINDOW_S: Final = 5.0
+RATE_WINDOW_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)

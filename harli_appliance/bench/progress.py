@@ -25,7 +25,7 @@ class Step:
         if narrator.bars is not None:
             self._bar = narrator.bars.add_task(title, total=None, note="")
         else:
-            narrator.console.print(f"{title} ...", highlight=False, soft_wrap=True)
+            self._print(f"{title} ...")
 
     def update(self, share: float | None = None, note: str | None = None) -> None:
         """`share` is how much is done, 0 to 1; `note` is shown beside it."""
