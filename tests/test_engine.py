@@ -1,0 +1,208 @@
+"""The engine against a scripted runtime: faults, aborts, overload, and the order of a tick."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harli_appliance.engine.engine import Engine
+from harli_appliance.engine.lanes import Lane
+from harli_appliance.engine.slo import SloTracker
+from harli_appliance.errors import EngineFault, Overloaded
+from harli_appliance.memory.pool import SlotCounts, SlotPool
+from harli_appliance.runtime.protocol import (
+    NewTokens,
+    QueueDepth,
+    Sampling,
+    StepOutcome,
+    StepPlan,
+    Submission,
+)
+from harli_appliance.scheduling.predictor import Predictor
+from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.scheduling.types import Outlook
+
+
+class ScriptedRuntime:
+    """Every request counts up from 0, one token a step; `break_on` makes steps with that request fail."""
+
+    context_length = 1000
+
+    def __init__(self) -> None:
+        self.live: dict[str, tuple[Submission, int]] = {}
+        self.ended: list[NewTokens] = []
+        self.break_on: str | None = None
+        self.gate: asyncio.Event | None = None
+
+    def submit(self, submission: Submission) -> None:
+        if submission.id == "refuse-me":
+            raise ValueError("no such adapter")
+        self.live[submission.id] = (submission, 0)
+
+    def abort(self, request_id: str) -> None:
+        if self.live.pop(request_id, None):
+            self.ended.append(NewTokens(request_id, (), "abort", error="Aborted"))
+
+    def plan(self) -> StepPlan | None:
+        if not self.live:
+            return None
+        return StepPlan("decode", tuple(self.live), 0, 10, None)
+
+    def execute(self, plan: StepPlan) -> StepOutcome:
+        if self.break_on in plan.requests:
+            raise RuntimeError("kernel exploded")
+        brought = []
+        for request in plan.requests:
+            submission, count = self.live[request]
+            done = count + 1 == submission.sampling.max_tokens
+            brought.append(NewTokens(request, (count,), "length" if done else None))
+            self.live[request] = (submission, count + 1)
+            if done:
+                del self.live[request]
+        return StepOutcome(0.001, tuple(brought))
+
+    def drain(self) -> tuple[NewTokens, ...]:
+        ended, self.ended = tuple(self.ended), []
+        return ended
+
+    def depth(self) -> QueueDepth:
+        return QueueDepth(len(self.live), 0)
+
+
+class NoSlots:
+    size = 100
+
+    def counts(self) -> SlotCounts:
+        return SlotCounts(100, 0, 0)
+
+    def demand(self) -> int:
+        return 0
+
+    def take(self, count: int, *, evict: bool) -> Tensor | None:
+        return torch.arange(count)
+
+    def give(self, indices: Tensor) -> None:
+        return None
+
+
+class NoTraining:
+    """A trainer without work that notes what it was allowed."""
+
+    def __init__(self) -> None:
+        self.allowed: list[int] = []
+
+    def outlook(self) -> Outlook:
+        return Outlook(False)
+
+    def launch(self, units: int, lane: Any = None) -> asyncio.Future[None]:
+        self.allowed.append(units)
+        done = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
+
+    def state(self) -> Any:
+        raise AssertionError("not asked for in these tests")
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[tuple[Engine, ScriptedRuntime, NoTraining]]:
+    runtime, trainer = ScriptedRuntime(), NoTraining()
+    inference, training = Lane("inference"), Lane("training")
+    engine = Engine(
+        runtime,
+        SlotPool(NoSlots(), watermark=0.0),
+        Scheduler(Predictor(), "spatial"),
+        trainer,  # type: ignore[arg-type]
+        SloTracker(100, 1000),
+        inference,
+        training,
+        max_queued=3,
+    )
+    task = asyncio.create_task(engine.run())
+    yield engine, runtime, trainer
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    inference.close()
+    training.close()
+
+
+Rig = tuple[Engine, ScriptedRuntime, NoTraining]
+
+
+def ask(name: str, count: int = 5) -> Submission:
+    return Submission(name, [1, 2, 3], Sampling(max_tokens=count))
+
+
+async def tokens(engine: Engine, submission: Submission) -> list[int]:
+    return [token async for item in engine.submit(submission) for token in item.tokens]
+
+
+async def test_tokens_arrive_in_order_and_end(rig: Rig) -> None:
+    engine, _, _ = rig
+    found = await asyncio.gather(*(tokens(engine, ask(f"r{i}", 4 + i)) for i in range(3)))
+    assert found == [list(range(4 + i)) for i in range(3)]
+    assert (engine.slo.requests, engine.slo.failed) == (3, 0)
+
+
+async def test_a_fault_ends_its_batch_and_nothing_else(rig: Rig) -> None:
+    engine, runtime, _ = rig
+    runtime.break_on = "bad"
+    with pytest.raises(EngineFault, match="kernel exploded"):
+        await tokens(engine, ask("bad"))
+    assert await tokens(engine, ask("good")) == [0, 1, 2, 3, 4]
+    assert engine.slo.failed == 1
+    assert not engine.degraded
+
+
+async def test_five_faults_in_a_minute_are_degraded(rig: Rig) -> None:
+    engine, runtime, _ = rig
+    for index in range(5):
+        assert not engine.degraded
+        runtime.break_on = f"bad-{index}"
+        with pytest.raises(EngineFault):
+            await tokens(engine, ask(f"bad-{index}"))
+    assert engine.degraded
+    assert await tokens(engine, ask("good")) == [0, 1, 2, 3, 4]
+
+
+async def test_a_request_that_the_runtime_refuses_fails_alone(rig: Rig) -> None:
+    engine, _, _ = rig
+    good = asyncio.create_task(tokens(engine, ask("fine")))
+    with pytest.raises(EngineFault, match="no such adapter"):
+        await tokens(engine, ask("refuse-me"))
+    assert await good == [0, 1, 2, 3, 4]
+
+
+async def test_an_aborted_request_ends_quietly(rig: Rig) -> None:
+    engine, runtime, _ = rig
+    stream = engine.submit(ask("leaving", 10_000_000))
+    seen = 0
+    async for _ in stream:
+        seen += 1
+        if seen == 3:
+            stream.abort()
+            stream.abort()
+    assert seen >= 3
+    assert not runtime.live
+    assert engine.slo.failed == 0, "a client that leaves is not a failure"
+
+
+async def test_too_many_waiting_requests_are_refused(rig: Rig) -> None:
+    engine, _, _ = rig
+    streams = [engine.submit(ask(f"r{i}", 2)) for i in range(3)]  # no tick has run between these
+    with pytest.raises(Overloaded):
+        engine.submit(ask("one too many"))
+    for stream in streams:
+        assert [item.tokens async for item in stream] == [(0,), (1,)]
+
+
+async def test_training_is_told_at_every_tick(rig: Rig) -> None:
+    engine, _, trainer = rig
+    await tokens(engine, ask("r", 5))
+    assert len(trainer.allowed) >= 5
+    assert set(trainer.allowed) == {0}
