@@ -324,10 +324,10 @@ def _page(items: list, limit: int, after: str | None) -> tuple[list, bool]:
 
 
 @asynccontextmanager
-async def listening(port: FakeAppliance, **server: object) -> AsyncIterator[Listener]:
-    """The real server around a fake appliance, on a free port, as `harli serve` runs it."""
+async def listening(port: FakeAppliance, number: int = 0, **server: object) -> AsyncIterator[Listener]:
+    """The real server around a fake appliance, as `harli serve` runs it; on a free port unless told which."""
     settings = Settings(home=port.folder / "home", server=server)
-    listener = await serve(create_app(port, settings), "127.0.0.1", 0)
+    listener = await serve(create_app(port, settings), "127.0.0.1", number)
     try:
         yield listener
     finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 import aiohttp
 import openai
 import pytest
-from fakes import BASE, FakeAppliance, listening, words
+from tests.fakes import BASE, FakeAppliance, listening, words
 
 from harli_appliance.errors import EngineFault, NotFound, Overloaded
 

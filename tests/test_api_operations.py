@@ -9,7 +9,7 @@ from pathlib import Path
 import aiohttp
 import openai
 import pytest
-from fakes import BASE, FakeAppliance, listening, make_status
+from tests.fakes import BASE, FakeAppliance, listening, make_status
 from prometheus_client.parser import text_string_to_metric_families
 
 from harli_appliance.api.app import create_app

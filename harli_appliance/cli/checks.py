@@ -119,20 +119,25 @@ def _memory() -> Check:
 
 
 def _home(home: Path) -> Check:
+    """Looks without creating anything: that is the appliance's to do."""
+    folder = _existing(home)
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=home):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         return Check(
-            "home", "fail", f"{home}: {error.strerror}", "set HARLI_HOME to a folder you can write to"
+            "home", "fail", f"{folder}: {error.strerror}", "set HARLI_HOME to a folder you can write to"
         )
     return Check("home", "ok", str(home))
 
 
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
 def _disk(home: Path) -> Check:
-    folder = next(path for path in (home, *home.parents) if path.exists())
-    free = shutil.disk_usage(folder).free / GIB
+    free = shutil.disk_usage(_existing(home)).free / GIB
     found = f"{free:.1f} GiB free for {home}"
     if free < LEAST_DISK_GIB:
         return Check("disk", "warn", found, "make room, or set HARLI_HOME to another disk")

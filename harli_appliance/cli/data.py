@@ -30,17 +30,13 @@ def check(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a training file; exit 1 when it would be refused."""
-    from harli_appliance.errors import UsageError
     from harli_appliance.training.dataset import check_dataset
 
     lengths = _lengths(model)
-    try:
-        if lengths is None:
-            report = check_dataset(file)
-        else:
-            report = check_dataset(file, count_tokens=lengths.count, context_length=lengths.context)
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be read: {error.strerror}; check the path", param="file") from error
+    if lengths is None:
+        report = check_dataset(file)
+    else:
+        report = check_dataset(file, count_tokens=lengths.count, context_length=lengths.context)
     if json:
         print_json(report.as_json())
     else:

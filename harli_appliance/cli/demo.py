@@ -14,10 +14,9 @@ def demo(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Where report.json and report.html are written.")
     ] = Path("demo-report"),
-    quick: Annotated[bool, typer.Option("--quick", help="Shorter: to try things, not to measure.")] = False,
     json: Json = False,
 ) -> None:
     """Serve, finetune at the same time, ask the new adapter, and write a report with pictures."""
     from harli_appliance.bench.demo import run
 
-    run(out=out, quick=quick, as_json=json)
+    raise typer.Exit(run(out, json))

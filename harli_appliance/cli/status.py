@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,9 @@ from harli_appliance.cli.output import note, number, print_json, print_table
 
 if TYPE_CHECKING:
     from harli_appliance.schema import Status
+
+NICENESS = 10
+"""The dashboard may share cores with what it watches, and must not slow it down."""
 
 
 def status(json: Json = False, url: Url = None) -> None:
@@ -145,4 +149,5 @@ def top(
         return
     from harli_appliance.tui.app import HarliTop
 
+    os.nice(NICENESS)
     HarliTop(client, theme_name=theme).run()

@@ -34,6 +34,10 @@ from harli_appliance.tui.plots import LatencyPlot, RatePanel
 from harli_appliance.tui.themes import DEFAULT, PREFIX, load_themes
 
 POLL_S = 0.5
+
+DRAW_S = 1.0
+"""Plots are nearly all of the dashboard's work, and that machine has other things to do."""
+
 POLICIES = ("spatial", "time_slice", "serve_only", "train_only")
 
 
@@ -66,6 +70,7 @@ class HarliTop(App[None]):
         self._feed = Feed(client)
         self._reading: Reading | None = None
         self._seen = False
+        self._drawn = 0.0
         self._candidate: str | None = None
         self._themes = load_themes()
         if theme_name is not None and theme_name not in self._themes:
@@ -106,8 +111,10 @@ class HarliTop(App[None]):
     async def watch_appliance(self) -> None:
         """Look twice a second, for as long as the dashboard is open."""
         async with self._client:
-            while True:
-                self.show(await self._feed.read())
+            while self.is_running:
+                reading = await self._feed.read()
+                if self.is_running:  # it may have been closed meanwhile
+                    self.show(reading)
                 await asyncio.sleep(POLL_S)
 
     def show(self, reading: Reading) -> None:
@@ -123,24 +130,30 @@ class HarliTop(App[None]):
             self._show_status(reading, reading.status)
 
     def _show_status(self, reading: Reading, status: Status) -> None:
-        history, now = reading.history, reading.now
         serving, training = status.serving, status.training
         self.query_one(LatencyPanel).show(reading, status)
-        self.query_one(LatencyPlot).show(reading, status.slo.tpot_ms)
         queue = f"{serving.running} running, {serving.waiting} waiting"
-        self.query_one("#serving", RatePanel).show(
-            history.served_per_s(now), serving.output_tokens_per_s, queue
-        )
+        self.query_one("#serving", RatePanel).show(serving.output_tokens_per_s, queue)
         loss = "" if training.loss is None else f"loss {training.loss:.3f}"
-        self.query_one("#training", RatePanel).show(history.trained_per_s(now), training.tokens_per_s, loss)
+        self.query_one("#training", RatePanel).show(training.tokens_per_s, loss)
         colours = lane_colours(self)
         self.query_one(PartitionPanel).show(words.partition_shares(status, colours), words.mode(status))
         pool = f"{status.pool.slots:,} slots · {status.pool.reclaims} reclaims"
         self.query_one(PoolPanel).show(words.pool_shares(status.pool, colours), pool)
         self.query_one(JobsPanel).show(status.jobs)
         self.query_one(ModelsPanel).show(status)
+        if reading.now - self._drawn >= DRAW_S:
+            self._drawn = reading.now
+            self._draw(reading, status)
+
+    def _draw(self, reading: Reading, status: Status) -> None:
+        history, now = reading.history, reading.now
+        self.query_one(LatencyPlot).show(reading, status.slo.tpot_ms)
+        self.query_one("#serving", RatePanel).draw(history.served_per_s(now))
+        self.query_one("#training", RatePanel).draw(history.trained_per_s(now))
 
     def _show_again(self) -> None:
+        self._drawn = 0.0
         if self._reading is not None:
             self.show(self._reading)
 

@@ -62,9 +62,9 @@ class LatencyPanel(Vertical):
         rows = (
             ("p50", words.ms(serving.tpot_ms.p50), words.verdict(serving.tpot_ms.p50, slo.tpot_ms)),
             ("p99", words.ms(serving.tpot_ms.p99), words.verdict(serving.tpot_ms.p99, slo.tpot_ms)),
+            ("attained", words.percent(slo.attainment), words.attainment_verdict(slo.attainment)),
             ("ITL p99", words.ms(serving.itl_ms.p99), None),
             ("TTFT p99", words.ms(serving.ttft_ms.p99), words.verdict(serving.ttft_ms.p99, slo.ttft_ms)),
-            ("attained", words.percent(slo.attainment), words.attainment_verdict(slo.attainment)),
         )
         for index, (name, value, verdict) in enumerate(rows):
             facts.append("\n" if index else "")

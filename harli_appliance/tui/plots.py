@@ -99,8 +99,10 @@ class RatePanel(Vertical):
         yield self._plot
         yield self._line
 
-    def show(self, points: Points, rate: float, note: str) -> None:
+    def show(self, rate: float, note: str) -> None:
         self.border_title = f"{self._title} {rate:,.1f} tokens/s"
         self.border_subtitle = note
+
+    def draw(self, points: Points) -> None:
         self._plot.show(points)
         self._line.data = points[1]
