@@ -48,7 +48,7 @@ def build_report(
             "tokens": seen.status.training.tokens,
             "tokens_per_s": None if rate is None else round(rate, 2),
             "share_of_train_only": None if rate is None else round(rate / alone, 4),
-            "steps": len(seen.losses),
+            "steps": seen.steps,
             "loss_first": _mean(seen.losses[:_ENDS]),
             "loss_last": _mean(seen.losses[-_ENDS:]),
             "losses": [round(loss, 4) for loss in seen.losses],

@@ -82,6 +82,7 @@ class Measurements:
     training_tokens_per_s: float | None
     """None when the job ended before both ran together."""
     losses: Sequence[float]
+    steps: int
     status: Status
     """At the end."""
 
@@ -151,6 +152,7 @@ class DemoRun:
             train_only_tokens_per_s=alone,
             training_tokens_per_s=training_rate(self._recorder.samples, together.start, together.end),
             losses=[sample.loss for sample in self._recorder.samples if sample.loss is not None],
+            steps=(await self._client.job(job)).harli.step,
             status=await self._client.status(),
         )
 
