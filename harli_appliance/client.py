@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import aiohttp
 from pydantic import BaseModel
@@ -201,7 +202,7 @@ class HarliClient:
         return (await self._get("/v1/files", ListOf[FileObject])).data
 
     async def delete_file(self, file_id: str) -> Deleted:
-        async with self._call("DELETE", f"/v1/files/{file_id}") as response:
+        async with self._call("DELETE", f"/v1/files/{_segment(file_id)}") as response:
             return Deleted.model_validate(await response.json())
 
     async def create_job(
@@ -231,15 +232,15 @@ class HarliClient:
         return await self._get("/v1/fine_tuning/jobs", ListOf[JobObject], limit=limit, after=after)
 
     async def job(self, job_id: str) -> JobObject:
-        return await self._get(f"/v1/fine_tuning/jobs/{job_id}", JobObject)
+        return await self._get(f"/v1/fine_tuning/jobs/{_segment(job_id)}", JobObject)
 
     async def events(self, job_id: str, limit: int = 20, after: str | None = None) -> ListOf[JobEventObject]:
         """Newest first, like every list; `after` continues towards the older ones."""
-        path = f"/v1/fine_tuning/jobs/{job_id}/events"
+        path = f"/v1/fine_tuning/jobs/{_segment(job_id)}/events"
         return await self._get(path, ListOf[JobEventObject], limit=limit, after=after)
 
     async def cancel_job(self, job_id: str) -> JobObject:
-        return await self._post(f"/v1/fine_tuning/jobs/{job_id}/cancel", JobObject, {})
+        return await self._post(f"/v1/fine_tuning/jobs/{_segment(job_id)}/cancel", JobObject, {})
 
     # -- the wire --------------------------------------------------------------------------------
 
@@ -278,6 +279,11 @@ class HarliClient:
             raise ApplianceUnavailable(
                 f"the appliance at {self.base_url} stopped answering ({reason}); see its log"
             ) from error
+
+
+def _segment(name: str) -> str:
+    """An id as one part of a path, whatever a person typed."""
+    return quote(name, safe="")
 
 
 async def _json(response: aiohttp.ClientResponse) -> object:

@@ -11,9 +11,9 @@ from pathlib import Path
 import aiohttp
 import openai
 import pytest
-from tests.fakes import BASE, FakeAppliance, listening, words
 
 from harli_appliance.errors import EngineFault, NotFound, Overloaded
+from tests.fakes import BASE, FakeAppliance, listening, words
 
 HELLO = [{"role": "user", "content": "Say hello"}]
 

@@ -103,6 +103,8 @@ async def test_files_and_jobs(client: HarliClient, port: FakeAppliance, tmp_path
     assert ((await client.job(job.id)).harli.step, (await client.jobs()).data[0].harli.loss) == (4, 1.5)
     assert (await client.cancel_job(job.id)).status == "cancelled"
     assert (await client.delete_file(file.id)).deleted
+    with pytest.raises(NotFound, match=r"no job '\.\./files'"):
+        await client.job("../files")
     path.write_text("broken")
     with pytest.raises(DatasetError) as caught:
         await client.upload(path)

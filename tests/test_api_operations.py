@@ -9,7 +9,6 @@ from pathlib import Path
 import aiohttp
 import openai
 import pytest
-from tests.fakes import BASE, FakeAppliance, listening, make_status
 from prometheus_client.parser import text_string_to_metric_families
 
 from harli_appliance.api.app import create_app
@@ -18,6 +17,7 @@ from harli_appliance.api.server import serve
 from harli_appliance.config import Settings
 from harli_appliance.errors import ConfigError
 from harli_appliance.schema import Percentiles, PolicyChange, Status, Timeline
+from tests.fakes import BASE, FakeAppliance, listening, make_status
 
 
 @pytest.fixture

@@ -176,7 +176,7 @@ async def test_help_opens_and_closes_while_it_goes_on(port: FakeAppliance) -> No
         await until(pilot, lambda: "policy time_slice" in shown(app))
 
 
-@pytest.mark.parametrize("size", [(80, 24), (60, 20), (99, 50), (200, 60)])
+@pytest.mark.parametrize("size", [(80, 24), (60, 20), (100, 30), (120, 33), (100, 34), (99, 50), (200, 60)])
 async def test_every_size_shows_latency_memory_and_a_job(port: FakeAppliance, size: tuple[int, int]) -> None:
     async with listening(port) as listener, opened(listener.url, size) as (app, pilot):
         await until(pilot, lambda: "Memory" in shown(app) and "core 0" in shown(app))
@@ -184,6 +184,10 @@ async def test_every_size_shows_latency_memory_and_a_job(port: FakeAppliance, si
         assert app.screen.has_class("-compact") == (size[0] < 100)
         if size[1] >= 24:
             assert "ftjob-run" in shown(app)
+            await pilot.press("p")
+            await pilot.pause()
+            for panel in app.query(".panel"):
+                assert panel.region.bottom < size[1], panel
 
 
 # -- the parts ---------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class HarliTop(App[None]):
         (100, "-roomy"),
         (130, "-wide"),
     ]
-    VERTICAL_BREAKPOINTS = [(0, "-low"), (30, "-high")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-low"), (34, "-high")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q", "quit", "Quit"),
         Binding("p", "next_policy", "Policy"),
