@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -22,6 +21,7 @@ import torch
 from harli_appliance import __version__
 from harli_appliance.api.ports import ChatCall, Generation, Job, JobEvent, JobSpec, StoredFile, TextDelta
 from harli_appliance.config import Settings
+from harli_appliance.device.cuda import gpu_name, stream_context
 from harli_appliance.device.partition import Partition, cpu_name, cpu_partition, describe_cores
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.lanes import Lane
@@ -152,8 +152,13 @@ class Appliance:
             count_tokens=codec.count_tokens,
             context_length=settings.model.context_length,
         )
-        self._inference = Lane("inference", partition.inference)
-        self._training = Lane("training", partition.training)
+        self._cuda = settings.device.kind != "cpu" and torch.cuda.is_available()
+        if self._cuda:
+            self._inference = Lane("inference", around=stream_context())
+            self._training = Lane("training", around=stream_context())
+        else:
+            self._inference = Lane("inference", partition.inference)
+            self._training = Lane("training", partition.training)
         self._slo = SloTracker(settings.slo.tpot_ms, settings.slo.ttft_ms)
         self._scheduler = Scheduler(Predictor(settings.scheduling.bound_quantile), settings.scheduling.policy)
         self._adapters: dict[str, _Served] = {}
@@ -198,6 +203,7 @@ class Appliance:
         settings = self._settings
         options = RuntimeOptions(
             model=self._folder,
+            device="cuda" if self._cuda else "cpu",
             pool_slots=settings.memory.pool_slots,
             context_length=settings.model.context_length,
             max_running_requests=settings.model.max_running_requests,
@@ -261,8 +267,14 @@ class Appliance:
 
     @property
     def _predictor_key(self) -> tuple[str, str, str]:
-        lanes = f"{len(self._partition.inference)}+{len(self._partition.training)}"
-        return f"{cpu_name()} {lanes}", self._name, __version__
+        return self._device, self._name, __version__
+
+    @property
+    def _device(self) -> str:
+        if self._cuda:
+            return gpu_name()
+        inference, training = self._partition.inference, self._partition.training
+        return f"{cpu_name()}, {len(inference)}+{len(training)} cores"
 
     async def _save_predictor_forever(self) -> None:
         while True:
@@ -484,7 +496,7 @@ class Appliance:
             state="degraded" if engine.degraded else self._state,
             uptime_s=time.monotonic() - self._started,
             model=self._name,
-            device=f"{cpu_name()} ({os.cpu_count()} cores)",
+            device=self._device,
             policy=self._scheduler.policy_name,
             mode=engine.decision.mode,
             reason=engine.decision.reason,
@@ -509,11 +521,7 @@ class Appliance:
                 loss=trainer.loss,
                 dropped_micro_batches=trainer.dropped_micro_batches,
             ),
-            partition=PartitionView(
-                inference=describe_cores(self._partition.inference),
-                training=describe_cores(self._partition.training),
-                inference_share=self._partition.inference_share,
-            ),
+            partition=self._partition_view(),
             pool=pool_view(engine.pool),
             predictor=PredictorView(
                 samples=predictor.samples,
@@ -522,6 +530,15 @@ class Appliance:
             ),
             jobs=_job_views(recent),
             models=self.models(),
+        )
+
+    def _partition_view(self) -> PartitionView:
+        if self._cuda:
+            return PartitionView(inference="one stream", training="one stream", inference_share=0.5)
+        return PartitionView(
+            inference=describe_cores(self._partition.inference),
+            training=describe_cores(self._partition.training),
+            inference_share=self._partition.inference_share,
         )
 
 

@@ -7,6 +7,7 @@ what runs on them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 import time
@@ -23,11 +24,18 @@ class Lane:
 
     Args:
         cores: CPU cores the thread may use; None leaves it free.
+        around: entered around everything that runs, e.g. the lane's CUDA stream.
     """
 
-    def __init__(self, name: str, cores: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        cores: Sequence[int] | None = None,
+        around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    ) -> None:
         self.name = name
         self.cores = tuple(cores) if cores is not None else None
+        self._around = around
         self._lock = threading.Lock()
         self._busy_s = 0.0
         self._since: float | None = None
@@ -57,7 +65,8 @@ class Lane:
         with self._lock:
             self._since = time.perf_counter()
         try:
-            return function(*args, **kwargs)
+            with self._around():
+                return function(*args, **kwargs)
         finally:
             with self._lock:
                 self._busy_s += time.perf_counter() - (self._since or 0.0)

@@ -40,6 +40,11 @@ class Backbone:
         self.vocabulary = int(config.vocab_size)
 
     @property
+    def device(self) -> torch.device:
+        found: torch.device = self._decoder.norm.weight.device
+        return found
+
+    @property
     def layers(self) -> nn.ModuleList:
         layers: nn.ModuleList = self._decoder.layers
         return layers
@@ -76,7 +81,10 @@ class Adapter:
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self._peft.named_parameters():
             if "lora_A" in name:
-                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+                drawn = torch.empty(parameter.shape)
+                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+                with torch.no_grad():
+                    parameter.copy_(drawn)
         self._layers: list[list[nn.Parameter]] = [
             [p for p in layer.parameters() if p.requires_grad] for layer in backbone.layers
         ]

@@ -56,6 +56,9 @@ class PackedSequence:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def to(self, device: torch.device) -> PackedSequence:
+        return PackedSequence(*(getattr(self, name).to(device) for name in self.__slots__))
+
 
 def encode_example(example: Example, encoder: ChatEncoder) -> EncodedExample:
     """Tokens of a conversation, and which of them are the assistant's.

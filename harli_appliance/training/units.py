@@ -113,12 +113,13 @@ class MicroBatch:
     ) -> None:
         self._backbone = backbone
         self._adapter = adapter
-        self._sequence = sequence
+        self._starts: list[int] = sequence.starts.tolist()
+        self._sequence = sequence.to(backbone.device)
         self._normaliser = normaliser
         self._window = window
         self._loss_tokens = loss_tokens
         self._row_count = -(-backbone.hidden_size // backbone.kv_width)
-        self._cos, self._sin = backbone.rotary(sequence.positions)
+        self._cos, self._sin = backbone.rotary(self._sequence.positions)
         self._lay_out(buffers, slots)
         self.tokens = len(sequence)
         self.loss = 0.0
@@ -256,12 +257,13 @@ class MicroBatch:
 
     def _first(self, a: int) -> int:
         """The first token that window [a, ...) attends to: where the example of token a begins."""
-        return int(self._sequence.starts[a])
+        return self._starts[a]
 
     def _mask(self, a: int, b: int) -> Tensor:
         """[1, 1, b - a, b - first]: a token sees itself and earlier tokens of its own example."""
-        keys = torch.arange(self._first(a), b)[None]
-        queries = torch.arange(a, b)[:, None]
+        device = self._sequence.starts.device
+        keys = torch.arange(self._first(a), b, device=device)[None]
+        queries = torch.arange(a, b, device=device)[:, None]
         return ((keys <= queries) & (keys >= self._sequence.starts[a:b, None]))[None, None]
 
     def _past(self, layer: int, a: int) -> tuple[Tensor, Tensor] | None:
