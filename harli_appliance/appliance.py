@@ -230,6 +230,7 @@ class Appliance:
             lane=self._training,
             memory_lane=self._inference,
             on_ready=lambda: self._engine.wake(),
+            on_step=lambda loss: self._engine.telemetry.loss(loss),
         )
         self._engine = Engine(
             self._runtime,

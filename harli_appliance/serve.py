@@ -106,6 +106,10 @@ async def _serve(settings: Settings) -> int:
             starting = asyncio.create_task(appliance.start())
             stopped = asyncio.create_task(stop.wait())
             await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                # Loading cannot be interrupted, and nothing that is kept has been opened for writing by it.
+                log.info("stopped while loading")
+                os._exit(0)
             await starting
             print(json.dumps({"event": "ready", "url": listener.url}), flush=True)
             log.info("ready", url=listener.url)

@@ -100,7 +100,6 @@ class Engine:
         self._output_rate, self._training_rate = Rate(), Rate()
         self._rates = (0.0, 0.0)
         self._faults: deque[float] = deque(maxlen=FAULTS_TO_DEGRADE)
-        self._last_loss: float | None = None
 
     # -- requests ----------------------------------------------------------------------------------------
 
@@ -294,10 +293,7 @@ class Engine:
                 self._output_rate.at(now, self._output_tokens),
                 self._training_rate.at(now, trainer.tokens),
             )
-            if trainer.loss is not None and trainer.loss != self._last_loss:
-                self.telemetry.loss(trainer.loss)
-                self._last_loss = trainer.loss
-            if self._decision.mode == "idle" and not self._streams:
+            if self._decision.mode == "idle" and not self._streams and not self.telemetry.unsampled:
                 continue
             if self._decision.mode in ("idle", "training"):
                 self._pool_use = await self._inference.run(self._pool.use)

@@ -55,6 +55,11 @@ class Telemetry:
     def loss(self, value: float) -> None:
         self._loss = value
 
+    @property
+    def unsampled(self) -> bool:
+        """Whether something happened since the last sample."""
+        return bool(self._steps_ms) or self._loss is not None
+
     def sample(self, wall: float, mode: Mode, running: int, trained_tokens: int, pool: PoolUse) -> None:
         """Close the current interval.
 

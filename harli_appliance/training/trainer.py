@@ -74,6 +74,7 @@ class Trainer:
         finish_job: takes over the finished adapter (serving it, recording it) and ends the job.
         memory_lane: the inference lane, on which the pool may be asked for slots.
         on_ready: called when training begins to have work, so that an idle engine wakes up.
+        on_step: called with the loss of every optimizer step.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Trainer:
         lane: UnitLane,
         memory_lane: UnitLane,
         on_ready: Callable[[], None],
+        on_step: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._queue = queue
         self._pool = pool
@@ -95,6 +97,7 @@ class Trainer:
         self._lane = lane
         self._memory_lane = memory_lane
         self._on_ready = on_ready
+        self._on_step = on_step
         self._allowance = 0
         self._ready = False
         self._changed = asyncio.Event()
@@ -173,6 +176,8 @@ class Trainer:
             for index in range(run.micro_batches()):
                 await self._micro_batch(run, index)
             await self._alone(run, WorkUnit("step", run.optimizer_step))
+            if run.loss is not None:
+                self._on_step(run.loss)
             await self._queue.progress(job.id, run.step, run.total_steps, run.trained_tokens, run.loss)
             if run.checkpoint_due:
                 await self._alone(run, WorkUnit("step", run.checkpoint))
