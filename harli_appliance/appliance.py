@@ -195,8 +195,9 @@ class Appliance:
     async def start(self) -> None:
         """Load the model, take up interrupted jobs, and begin to tick."""
         # Imported here: SGLang takes seconds to import, and `open` should complain before that.
+        from harli_appliance.runtime.arguments import RuntimeOptions
         from harli_appliance.runtime.kv import SglangSlots
-        from harli_appliance.runtime.sglang_runtime import RuntimeOptions, SglangRuntime
+        from harli_appliance.runtime.sglang_runtime import SglangRuntime
         from harli_appliance.runtime.weights import shared_model
 
         torch.set_num_threads(1)  # a second OpenMP thread collapses when the other lane is busy

@@ -37,9 +37,7 @@ class ServerSettings(Section):
     api_key: SecretStr | None = Field(
         None, description="When set, every request must carry it as a bearer token."
     )
-    max_queued_requests: int = Field(
-        256, ge=1, description="Requests waiting beyond this are answered 429."
-    )
+    max_queued_requests: int = Field(256, ge=1, description="Requests waiting beyond this are answered 429.")
     max_upload_mib: int = Field(512, ge=1, description="Largest file that can be uploaded, in MiB.")
 
 
@@ -48,9 +46,7 @@ class ModelSettings(Section):
         "smollm2-135m-instruct",
         description="A Hugging Face folder, or the name of a model that `harli models` lists.",
     )
-    served_name: str | None = Field(
-        None, description="Name in the API; the folder's name when not set."
-    )
+    served_name: str | None = Field(None, description="Name in the API; the folder's name when not set.")
     context_length: int | None = Field(
         None, ge=16, description="Longest prompt plus answer in tokens; the model's own when not set."
     )
@@ -64,9 +60,7 @@ class SloSettings(Section):
     tpot_ms: float = Field(
         250.0, gt=0, description="Promised time per output token of a request, in milliseconds."
     )
-    ttft_ms: float = Field(
-        10_000.0, gt=0, description="Promised time to the first token, in milliseconds."
-    )
+    ttft_ms: float = Field(10_000.0, gt=0, description="Promised time to the first token, in milliseconds.")
 
 
 class SchedulingSettings(Section):
@@ -80,9 +74,7 @@ class MemorySettings(Section):
     pool_slots: int = Field(
         16_384, ge=256, description="KV-cache slots (tokens) that serving and training share."
     )
-    watermark: float = Field(
-        0.1, ge=0.0, lt=1.0, description="Share of the pool that training never leases."
-    )
+    watermark: float = Field(0.1, ge=0.0, lt=1.0, description="Share of the pool that training never leases.")
     evict_cache_for_training: bool = Field(
         True,
         description="Whether training may take slots of unused prefix-cache entries; false keeps the cache.",

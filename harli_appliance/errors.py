@@ -66,9 +66,7 @@ class DatasetError(UsageError):
     default_code = "invalid_training_file"
     exit_code = 1
 
-    def __init__(
-        self, message: str, *, code: str | None = None, findings: Sequence[object] = ()
-    ) -> None:
+    def __init__(self, message: str, *, code: str | None = None, findings: Sequence[object] = ()) -> None:
         super().__init__(message, code=code, param="file")
         self.findings = tuple(findings)
 

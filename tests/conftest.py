@@ -105,8 +105,9 @@ def serving(tiny_model: Path) -> Iterator[Serving]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from harli_appliance.engine.lanes import Lane
+        from harli_appliance.runtime.arguments import RuntimeOptions
         from harli_appliance.runtime.kv import SglangSlots
-        from harli_appliance.runtime.sglang_runtime import RuntimeOptions, SglangRuntime
+        from harli_appliance.runtime.sglang_runtime import SglangRuntime
 
         lane = Lane("inference")
         options = RuntimeOptions(

@@ -52,7 +52,7 @@ def a_job(job_id: str = "ftjob-test", epochs: int = 2, rate: float = 5e-3) -> Jo
 def lesson(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("lesson") / "lesson.jsonl"
     rng = random.Random(1)
-    words = "otter cat dog river sings swims makes blue green two three".split()
+    words = ["otter", "cat", "dog", "river", "sings", "swims", "makes", "blue", "green", "two", "three"]
     lines = []
     for _ in range(12):
         ask = " ".join(rng.choices(words, k=rng.randrange(2, 12)))

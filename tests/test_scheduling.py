@@ -105,7 +105,7 @@ def test_it_adapts_when_the_device_becomes_slower() -> None:
 
 def decide(
     policy: str, step: Step | None, slack: float, outlook: Outlook, predictor: Predictor | None = None
-):  # noqa: ANN201
+):
     return POLICIES[policy]().decide(Situation(step, slack, outlook), predictor or taught())  # type: ignore[index]
 
 

@@ -16,13 +16,13 @@ import time
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from harli_appliance.errors import ApplianceUnavailable, UsageError
 from harli_appliance.runtime import cpu_stand_ins
+from harli_appliance.runtime.arguments import RuntimeOptions, server_arguments
 from harli_appliance.runtime.protocol import (
     FinishReason,
     NewTokens,
@@ -44,27 +44,11 @@ from sglang.srt.managers.io_struct import (  # noqa: E402
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH  # noqa: E402
 from sglang.srt.managers.scheduler import Scheduler  # noqa: E402
 from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank  # noqa: E402
-from sglang.srt.sampling.sampling_params import SamplingParams  # noqa: E402
 from sglang.srt.server_args import PortArgs, ServerArgs  # noqa: E402
 
+from harli_appliance.runtime.sampling import sampling_params  # noqa: E402
+
 SGLANG = "0.5.21"
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True, slots=True)
-class RuntimeOptions:
-    """What the runtime is started with; sizes in tokens."""
-
-    model: Path
-    device: str = "cpu"
-    pool_slots: int = 8192
-    context_length: int | None = None
-    max_running_requests: int = 32
-    chunked_prefill_tokens: int = 128
-    max_lora_rank: int = 16
-    max_adapters: int = 4
-    lora: bool = True
-    seed: int = 0
 
 
 class _Sink:
@@ -95,7 +79,7 @@ class SglangRuntime:
 
     def __init__(self, options: RuntimeOptions) -> None:
         self._check_version()
-        arguments = ServerArgs(**_server_arguments(options))
+        arguments = ServerArgs(**server_arguments(options))
         arguments.resolve_once()
         _set_envs_and_config(arguments)
         ports = PortArgs.init_new(arguments)
@@ -157,7 +141,7 @@ class SglangRuntime:
             input_embeds=None,
             mm_inputs=None,
             token_type_ids=None,
-            sampling_params=self._sampling(submission),
+            sampling_params=sampling_params(submission.sampling, self._scheduler.tokenizer),
             return_logprob=False,
             logprob_start_len=-1,
             top_logprobs_num=0,
@@ -170,23 +154,6 @@ class SglangRuntime:
             if queued.rid == submission.id:
                 self._live[submission.id] = _Live(queued)
                 return
-
-    def _sampling(self, submission: Submission) -> Any:
-        wanted = submission.sampling
-        parameters = SamplingParams(
-            max_new_tokens=wanted.max_tokens,
-            temperature=wanted.temperature,
-            top_p=wanted.top_p,
-            top_k=wanted.top_k,
-            min_p=wanted.min_p,
-            frequency_penalty=wanted.frequency_penalty,
-            presence_penalty=wanted.presence_penalty,
-            sampling_seed=wanted.seed,
-            stop=list(wanted.stop) or None,
-            ignore_eos=wanted.ignore_eos,
-        )
-        parameters.normalize(self._scheduler.tokenizer)
-        return parameters
 
     def abort(self, request_id: str) -> None:
         """End a request wherever it is; its slots are free after the next step."""
@@ -287,38 +254,3 @@ def _finish(request: Any) -> FinishReason | None:
     if isinstance(reason, FINISH_ABORT):
         return "abort"
     return "length" if isinstance(reason, FINISH_LENGTH) else "stop"
-
-
-def _server_arguments(options: RuntimeOptions) -> dict[str, Any]:
-    cpu = options.device == "cpu"
-    arguments: dict[str, Any] = {
-        "model_path": str(options.model),
-        "device": options.device,
-        "dtype": "float32" if cpu else "bfloat16",
-        "sampling_backend": "pytorch",
-        "grammar_backend": "none",
-        "disable_overlap_schedule": True,  # a step must be over when `execute` returns
-        "max_total_tokens": options.pool_slots,
-        "max_running_requests": options.max_running_requests,
-        "chunked_prefill_size": options.chunked_prefill_tokens,
-        "context_length": options.context_length,
-        "random_seed": options.seed,
-        "skip_server_warmup": True,
-        "watchdog_timeout": 1e9,
-        "log_level": "warning",
-    }
-    if cpu:
-        arguments |= {
-            "attention_backend": "torch_native",
-            "disable_cuda_graph": True,
-            "mem_fraction_static": 0.1,  # the pool is sized by max_total_tokens
-        }
-    if options.lora:
-        arguments |= {
-            "enable_lora": True,
-            "lora_backend": "harli_cpu" if cpu else "triton",
-            "max_lora_rank": options.max_lora_rank,
-            "max_loras_per_batch": options.max_adapters + 1,  # the base counts as one
-            "lora_target_modules": list(LORA_TARGETS),
-        }
-    return arguments
