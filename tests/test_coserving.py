@@ -163,8 +163,8 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
             on_ready=lambda: engine.wake(),
         )  # fmt: skip
         engine = Engine(
-            serving.runtime, pool, Scheduler(Predictor(), policy), trainer, SloTracker(1e6, 1e6), serving.lane, lane,
-            max_queued=64,
+            serving.runtime, pool, Scheduler(Predictor(), policy), trainer, SloTracker(1e6, 1e6), serving.lane,
+            lane, max_queued=64,
         )  # fmt: skip
         tasks.extend([asyncio.create_task(engine.run()), asyncio.create_task(trainer.run())])
         return Rig(engine, trainer, pool, queue, backbone, tmp_path / "adapter")
@@ -260,7 +260,7 @@ async def test_a_burst_takes_leased_slots_back_and_training_repeats_itself(
 
 async def test_cancelling_lets_go_of_everything(rig: RigFactory, serving: Serving) -> None:
     made = await rig(job=a_job(epochs=1000))
-    while made.trainer.state().tokens < 50:
+    while made.trainer.state().tokens < 50:  # noqa: ASYNC110  the trainer tells nobody
         await asyncio.sleep(0.02)
     made.queue.cancelled = True
     made.trainer.wake()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,8 @@ def test_packing_keeps_examples_apart_and_loses_none() -> None:
     packed = pack(made, 16)
     found = []
     for sequence in packed:
-        bounds = sorted({int(start) for start in sequence.starts}) + [len(sequence)]
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        bounds = [*sorted({int(start) for start in sequence.starts}), len(sequence)]
+        for start, stop in itertools.pairwise(bounds):
             tokens = tuple(sequence.tokens[start:stop].tolist())
             found.append(tokens)
             assert sequence.positions[start:stop].tolist() == list(range(stop - start))

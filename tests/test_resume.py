@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,8 @@ def weights(run: JobRun) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def bench(reference: Any, tiny_model: Path, lesson: Path, tmp_path: Path) -> Iterator[Bench]:  # noqa: F811
-    yield Bench(reference, tiny_model, lesson, tmp_path)
+def bench(reference: Any, tiny_model: Path, lesson: Path, tmp_path: Path) -> Bench:  # noqa: F811
+    return Bench(reference, tiny_model, lesson, tmp_path)
 
 
 def test_stopping_after_any_step_changes_nothing(bench: Bench) -> None:

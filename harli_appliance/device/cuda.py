@@ -13,7 +13,7 @@ import torch
 
 def stream_context() -> Callable[[], AbstractContextManager[None]]:
     """Make a stream; what runs inside the returned context is on it, and done when the context is left."""
-    stream = torch.cuda.Stream()
+    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     @contextmanager
     def on_stream() -> Iterator[None]:

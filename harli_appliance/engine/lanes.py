@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -46,7 +47,7 @@ class Lane:
             os.sched_setaffinity(0, self.cores)  # 0 is the calling thread on Linux
 
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        return self._executor.submit(self._timed, function, *args, **kwargs)
+        return self._executor.submit(self._timed, partial(function, *args, **kwargs))
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run on the lane and wait; cancelling the wait does not stop what runs."""
@@ -61,12 +62,12 @@ class Lane:
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def _timed(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def _timed(self, work: Callable[[], T]) -> T:
         with self._lock:
             self._since = time.perf_counter()
         try:
             with self._around():
-                return function(*args, **kwargs)
+                return work()
         finally:
             with self._lock:
                 self._busy_s += time.perf_counter() - (self._since or 0.0)

@@ -48,7 +48,7 @@ def install() -> None:
 def _define_torchvision_names() -> None:
     if hasattr(torch.ops.torchvision, "nms"):
         return
-    library = torch.library.Library("torchvision", "DEF")
+    library: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for name in ("nms", "qnms"):
         library.define(name + _NMS_SCHEMA)
     _libraries.append(library)

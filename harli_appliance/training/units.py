@@ -130,7 +130,7 @@ class MicroBatch:
         size = footprint(self._backbone, tokens)
         if len(slots) != size.slots:
             raise ValueError(f"{tokens} tokens need {size.slots} slots, got {len(slots)}")
-        kv, hidden, scratch = slots.split([size.kv, size.hidden, size.scratch])
+        kv, hidden, scratch = torch.split(slots, [size.kv, size.hidden, size.scratch])
         k_buffers, v_buffers = buffers
         layers = range(len(self._backbone.layers))
         self._keys = [RowBlock([k_buffers[layer]], kv) for layer in layers]
