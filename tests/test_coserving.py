@@ -127,6 +127,7 @@ RigFactory = Callable[..., Awaitable[Rig]]
 @pytest.fixture
 async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
     tasks: list[asyncio.Task[None]] = []
+    pools: list[SlotPool] = []
     lane = Lane("training")
     codec = TextCodec(serving.folder)
     twin = shared_model(serving.runtime.model, serving.folder)
@@ -134,6 +135,7 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
     async def build(policy: Any = "spatial", job: Job | None = None, watermark: float = 0.1) -> Rig:
         queue = FakeQueue(job or a_job(), lesson)
         pool = SlotPool(serving.slots, watermark=watermark)
+        pools.append(pool)
         backbone = Backbone(twin)
         options = RunOptions(16, 64, 3, 2, tmp_path / "checkpoints")
 
@@ -173,6 +175,9 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+    for pool in pools:
+        await serving.lane.run(pool.settle)
+        assert pool.use().leased == 0
     lane.close()
 
 
