@@ -152,12 +152,8 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
 
         async def finish(job: Job, run: JobRun) -> None:
             await lane.run(run.save_adapter, tmp_path / "adapter")
-            await serving.lane.run(
-                serving.runtime.load_adapter,
-                f"id-{tmp_path.name}",
-                f"ft:{tmp_path.name}",
-                str(tmp_path / "adapter"),
-            )
+            name = f"{job.id}-{tmp_path.name}"
+            await serving.lane.run(serving.runtime.load_adapter, name, name, str(tmp_path / "adapter"))
             queue._end("succeeded")
 
         trainer = Trainer(
@@ -233,7 +229,8 @@ async def test_a_finished_adapter_is_served_as_peft_computes_it(
     assert losses[-1] < 0.5 * losses[0]
     ids = prompt(70, 25)
     plain, tuned = await asyncio.gather(
-        made.answer("plain", ids, 16), made.answer("tuned", ids, 16, f"id-{made.adapters.parent.name}")
+        made.answer("plain", ids, 16),
+        made.answer("tuned", ids, 16, f"{made.queue.job.id}-{made.adapters.parent.name}"),
     )
     assert plain == greedy(reference, ids, 16)
     peft = PeftModel.from_pretrained(copy.deepcopy(reference), made.adapters)
@@ -242,23 +239,41 @@ async def test_a_finished_adapter_is_served_as_peft_computes_it(
     assert digest(serving) == weights
 
 
+def explained(model: Any, ids: list[int], tokens: list[int]) -> bool:
+    """Whether each token is the likeliest after what precedes it.
+
+    A request that SGLang retracts is computed again in other chunks, which rounds differently: where two tokens
+    are within 1e-4 of each other in float32, either may be chosen.
+    """
+    with torch.no_grad():
+        logits = model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1]
+    chosen = logits[torch.arange(len(tokens)), torch.tensor(tokens)]
+    return bool((logits.amax(dim=1) - chosen <= 1e-4).all())
+
+
 async def test_a_burst_takes_leased_slots_back_and_training_repeats_itself(
     rig: RigFactory, serving: Serving, reference: Any
 ) -> None:
     """Requests that need nearly the whole pool arrive while training holds slots; the loss curve is the same."""
-    undisturbed = await rig(job=a_job("ftjob-calm"), watermark=0.0)
+    undisturbed = await rig(job=a_job("ftjob-calm", epochs=3), watermark=0.0)
     await asyncio.wait_for(undisturbed.queue.ended.wait(), 120)
-    made = await rig(job=a_job("ftjob-storm"), watermark=0.0)
+    made = await rig(job=a_job("ftjob-storm", epochs=3), watermark=0.0)
     burst = 0
     while not made.queue.ended.is_set():
+        trained = made.trainer.state().tokens
+        while made.trainer.state().tokens == trained and not made.queue.ended.is_set():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)  # a burst must find training in the middle of something
         batch = [prompt(1000 + 10 * burst + i, 300) for i in range(6)]
         answers = await asyncio.wait_for(
             asyncio.gather(*(made.answer(f"burst-{burst}-{i}", ids, 380) for i, ids in enumerate(batch))), 120
         )
-        assert answers[0] == greedy(reference, batch[0], 380)
+        for ids, tokens in zip(batch, answers, strict=True):
+            assert len(tokens) == 380
+            assert explained(reference, ids, tokens)
         burst += 1
-        await asyncio.sleep(0.05)
+    assert undisturbed.queue.outcome == made.queue.outcome == "succeeded"
     assert made.pool.use().reclaims > 0, "the bursts must have needed leased slots"
+    assert made.trainer.state().dropped_micro_batches > 0
     assert made.queue.losses == undisturbed.queue.losses
     assert made.pool.use().leased == 0
 
