@@ -85,6 +85,8 @@ class SglangRuntime:
         ports = PortArgs.init_new(arguments)
         rank = spawn_world_rank(arguments, tp_rank=0, pp_rank=0)
         publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=0))
+        if options.device == "cpu":
+            import harli_appliance.runtime.attention_cpu  # registers the backend
         if options.lora and options.device == "cpu":
             cpu_stand_ins.unpin_lora()
             import harli_appliance.runtime.lora_cpu  # noqa: F401  registers the backend
