@@ -30,13 +30,21 @@ from harli_appliance.engine.streams import TokenStream
 from harli_appliance.engine.telemetry import pool_view
 from harli_appliance.errors import (
     ApplianceUnavailable,
+    ConfigError,
     HarliError,
     NotFound,
     UnsupportedParameter,
     UsageError,
 )
 from harli_appliance.memory.pool import SlotPool
-from harli_appliance.models.catalog import architecture_of, resolve_model, supported_for_finetuning
+from harli_appliance.models.architectures import (
+    FINETUNABLE,
+    architecture,
+    finetuning_obstacle,
+    served_context,
+)
+from harli_appliance.models.catalog import config_of, resolve_model
+from harli_appliance.runtime.architectures import refuse_unservable
 from harli_appliance.runtime.protocol import NewTokens, Sampling, Submission
 from harli_appliance.runtime.text import Decoder, TextCodec
 from harli_appliance.scheduling.predictor import Predictor
@@ -134,6 +142,7 @@ class Appliance:
         folder: Path,
         codec: TextCodec,
         partition: Partition,
+        context: int | None,
     ) -> None:
         self._settings = settings
         self._lock = lock
@@ -142,6 +151,8 @@ class Appliance:
         self._folder = folder
         self._codec = codec
         self._partition = partition
+        self._context = context
+        self._finetuning_obstacle = finetuning_obstacle(config_of(folder))
         self._name = settings.model.served_name or folder.name
         self._state: Literal["starting", "ready", "stopping"] = "starting"
         self._started = time.monotonic()
@@ -150,7 +161,7 @@ class Appliance:
             settings,
             model=self._name,
             count_tokens=codec.count_tokens,
-            context_length=settings.model.context_length,
+            context_length=context,
         )
         self._cuda = settings.device.kind != "cpu" and torch.cuda.is_available()
         if self._cuda:
@@ -182,13 +193,17 @@ class Appliance:
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(lock.release)
             folder = await asyncio.to_thread(resolve_model, settings.model.path, settings)
+            config = config_of(folder)
+            context = served_context(config, settings.model.context_length)
+            if architecture(config) not in FINETUNABLE:
+                await asyncio.to_thread(refuse_unservable, architecture(config))
             partition = cpu_partition(settings.device.inference_cores, settings.device.training_cores)
             codec = await asyncio.to_thread(TextCodec, folder)
             database = await Database.open(settings.database)
             undo.push_async_callback(database.close)
             usage = await UsageLog.open(settings.home)
             undo.push_async_callback(usage.close)
-            appliance = cls(settings, lock, database, usage, folder, codec, partition)
+            appliance = cls(settings, lock, database, usage, folder, codec, partition, context)
             undo.pop_all()
             return appliance
 
@@ -206,14 +221,21 @@ class Appliance:
             model=self._folder,
             device="cuda" if self._cuda else "cpu",
             pool_slots=settings.memory.pool_slots,
-            context_length=settings.model.context_length,
+            context_length=self._context,
             max_running_requests=settings.model.max_running_requests,
             chunked_prefill_tokens=settings.model.chunked_prefill_tokens,
             max_lora_rank=settings.training.max_lora_rank,
             max_adapters=settings.training.max_adapters,
             lora=self._finetunes,
         )
-        self._runtime = await self._inference.run(SglangRuntime, options)
+        try:
+            self._runtime = await self._inference.run(SglangRuntime, options)
+        except HarliError:
+            raise
+        except Exception as error:
+            log.debug("SGLang did not start", exc_info=True)
+            why = str(error).partition("\n")[0] or type(error).__name__
+            raise ConfigError(f"SGLang cannot load {self._folder}: {why}", param="model") from error
         self._slots = await self._inference.run(SglangSlots, self._runtime)
         self._pool = SlotPool(
             self._slots,
@@ -253,7 +275,7 @@ class Appliance:
 
     @property
     def _finetunes(self) -> bool:
-        return supported_for_finetuning(architecture_of(self._folder))
+        return self._finetuning_obstacle is None
 
     async def _restore(self) -> None:
         """What earlier processes left: the predictor, interrupted jobs, finished adapters."""
@@ -444,10 +466,8 @@ class Appliance:
         await self._queue.delete_file(file_id)
 
     async def create_job(self, spec: JobSpec) -> Job:
-        if not self._finetunes:
-            raise UsageError(
-                f"{architecture_of(self._folder)} can be served but not finetuned", param="model"
-            )
+        if self._finetuning_obstacle is not None:
+            raise UsageError(self._finetuning_obstacle, param="model")
         if not self._settings.training.enabled:
             raise UsageError("finetuning is switched off (training.enabled = false)")
         return await self._queue.create_job(spec)

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 
 from harli_appliance.config import Settings, load_settings
 from harli_appliance.errors import ConfigError
-from harli_appliance.models import catalog, fetch
+from harli_appliance.models import fetch
+from harli_appliance.models.architectures import FINETUNABLE, finetuning_obstacle, served_context
 from harli_appliance.models.catalog import CATALOG, CatalogEntry, installed_models, resolve_model
 from harli_appliance.models.gguf_llama import convert
 
@@ -355,10 +356,56 @@ def write_config(folder: Path, content: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("architecture", sorted(catalog.SERVABLE))
-def test_a_supported_folder_is_itself(tmp_path: Path, settings: Settings, architecture: str) -> None:
-    folder = write_config(tmp_path / "mine", json.dumps({"architectures": [architecture]}))
+@pytest.mark.parametrize("name", [*sorted(FINETUNABLE), "GraniteForCausalLM"])
+def test_a_folder_is_itself(tmp_path: Path, settings: Settings, name: str) -> None:
+    folder = write_config(tmp_path / "mine", json.dumps({"architectures": [name]}))
     assert resolve_model(str(folder), settings) == folder
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"architectures": ["LlamaForCausalLM"], "intermediate_size": 1536}, None),
+        ({"architectures": ["GraniteForCausalLM"]}, "GraniteForCausalLM can be served but not finetuned"),
+        ({"architectures": ["LlamaForCausalLM"], "mlp_bias": True}, "mlp_bias"),
+        ({"architectures": ["LlamaForCausalLM"], "intermediate_size": 1000}, "intermediate_size 1000"),
+        ({"architectures": ["Qwen2ForCausalLM"], "quantization_config": {"bits": 4}}, "quantized"),
+    ],
+)
+def test_what_cannot_be_finetuned_is_told_from_the_configuration(
+    config: dict[str, object], said: str | None
+) -> None:
+    obstacle = finetuning_obstacle(config)
+    assert (obstacle is None) if said is None else (said in (obstacle or ""))
+
+
+MISTRAL = {"architectures": ["MistralForCausalLM"], "max_position_embeddings": 32_768}
+QWEN = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 8192}
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted", "served"),
+    [
+        ({**MISTRAL, "sliding_window": 1024}, None, 1024),
+        ({**MISTRAL, "sliding_window": 1024}, 512, 512),
+        ({**MISTRAL, "sliding_window": None}, 2048, 2048),
+        ({**MISTRAL, "sliding_window": None}, None, None),
+        (MISTRAL, None, 4096),  # what transformers takes when nothing is said
+        ({**QWEN, "use_sliding_window": False}, None, None),
+        ({**QWEN, "use_sliding_window": True}, None, 8192),
+        ({**QWEN, "use_sliding_window": True, "layer_types": ["full_attention"]}, None, None),
+        ({"architectures": ["Gemma3ForCausalLM"], "sliding_window": 512}, None, None),
+    ],
+)
+def test_the_context_ends_where_sglang_leaves_the_model(
+    config: dict[str, object], wanted: int | None, served: int | None
+) -> None:
+    assert served_context(config, wanted) == served
+
+
+def test_a_context_longer_than_an_ignored_window_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"window of 1024 tokens; set model\.context_length to 1024"):
+        served_context({**MISTRAL, "sliding_window": 1024}, 2048)
 
 
 def test_a_folder_below_models_has_a_name(settings: Settings) -> None:
@@ -372,7 +419,6 @@ def test_a_folder_below_models_has_a_name(settings: Settings) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"architectures": ["MambaForCausalLM"]}', "MambaForCausalLM is not supported; use one of Llama"),
         ("{not json", "cannot be read"),
         ("[]", "names no architecture"),
         ('{"architectures": []}', "names no architecture"),

@@ -1,7 +1,7 @@
 """From a model's name or folder to a folder that can be served.
 
-Knows the catalog, the models folder and which architectures the appliance runs. Does not know how a model
-is downloaded (`fetch`) or converted (`gguf_llama`), nor torch.
+Knows the catalog, the models folder and config.json. Does not know how a model is downloaded (`fetch`) or
+converted (`gguf_llama`), what can be done with which architecture (`architectures`), nor torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from harli_appliance.config import Settings
 from harli_appliance.errors import ConfigError
+from harli_appliance.models.architectures import architecture
 
 Progress = Callable[[str, float], None]
 """Called with a stage (``download`` or ``convert``) and the share of it that is done, 0 to 1."""
@@ -58,19 +59,6 @@ CATALOG: dict[str, CatalogEntry] = {
     )
 }
 
-SERVABLE = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
-"""Architectures for which serving and the training lane share one set of weights."""
-
-FINETUNABLE = SERVABLE
-
-
-def supported_for_serving(architecture: str) -> bool:
-    return architecture in SERVABLE
-
-
-def supported_for_finetuning(architecture: str) -> bool:
-    return architecture in FINETUNABLE
-
 
 def resolve_model(path_or_name: str, settings: Settings, progress: Progress = lambda *_: None) -> Path:
     """The folder of a model that can be served; a model of the catalog is fetched when it is not there yet.
@@ -80,8 +68,7 @@ def resolve_model(path_or_name: str, settings: Settings, progress: Progress = la
         progress: told about download and conversion.
 
     Raises:
-        ConfigError: no such model, its configuration cannot be read, its architecture is not supported, or
-            it cannot be fetched.
+        ConfigError: no such model, its configuration cannot be read, or it cannot be fetched.
     """
     folder = Path(path_or_name).expanduser()
     if not folder.is_dir():
@@ -96,20 +83,15 @@ def resolve_model(path_or_name: str, settings: Settings, progress: Progress = la
             raise ConfigError(
                 f"{path_or_name}: no such model; give a Hugging Face folder or one of: {known}", param="model"
             )
-    architecture = architecture_of(folder)
-    if not supported_for_serving(architecture):
-        raise ConfigError(
-            f"{folder}: {architecture} is not supported; use one of {', '.join(sorted(SERVABLE))}",
-            param="model",
-        )
+    config_of(folder)
     return folder.absolute()
 
 
-def architecture_of(folder: Path) -> str:
-    """The architecture that a model's config.json names.
+def config_of(folder: Path) -> dict[str, Any]:
+    """A model's config.json.
 
     Raises:
-        ConfigError: there is no config.json, or it names none.
+        ConfigError: there is none, or it names no architecture.
     """
     path = folder / "config.json"
     try:
@@ -123,7 +105,7 @@ def architecture_of(folder: Path) -> str:
     names = config.get("architectures") if isinstance(config, dict) else None
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ConfigError(f"{path}: names no architecture; copy the model again", param="model")
-    return names[0]
+    return dict(config)
 
 
 def installed_models(settings: Settings) -> list[InstalledModel]:
@@ -131,7 +113,7 @@ def installed_models(settings: Settings) -> list[InstalledModel]:
     if not settings.models.is_dir():
         return []
     return [
-        InstalledModel(folder.name, folder, architecture_of(folder))
+        InstalledModel(folder.name, folder, architecture(config_of(folder)))
         for folder in sorted(settings.models.iterdir())
         if _is_installed(folder)
     ]

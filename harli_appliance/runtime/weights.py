@@ -1,6 +1,7 @@
 """A transformers model whose parameters are views of SGLang's weights: nothing is copied.
 
 SGLang fuses q, k, v and gate, up into single matrices; each transformers parameter is a slice of one of them.
+Everything else has the same name and meaning on both sides, Gemma's norms too (both keep w and scale by 1 + w).
 Knows the parameter names of both sides; does not know training.
 """
 
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from harli_appliance.errors import UsageError
-
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+from harli_appliance.models.architectures import finetuning_obstacle
 
 
 def shared_model(sglang_model: nn.Module, folder: Path) -> Any:
@@ -30,19 +30,19 @@ def shared_model(sglang_model: nn.Module, folder: Path) -> Any:
         A transformers causal LM in eval mode; every parameter is frozen and shares SGLang's storage.
 
     Raises:
-        UsageError: the architecture is not one whose layout is known here.
+        UsageError: the model is not one that can be finetuned; the message says why.
     """
     config = AutoConfig.from_pretrained(folder)
-    architecture = (config.architectures or ["unknown"])[0]
-    if architecture not in SUPPORTED:
-        raise UsageError(
-            f"{architecture} can be served but not finetuned; finetuning knows {', '.join(SUPPORTED)}",
-            param="model",
-        )
+    if (obstacle := finetuning_obstacle(config.to_dict())) is not None:
+        raise UsageError(obstacle, param="model")
     source = {name.replace(".base_layer.", "."): p.data for name, p in sglang_model.named_parameters()}
     dtype = source["model.norm.weight"].dtype
     with torch.device("meta"):
-        twin = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        # torch's fused attention cannot cap scores.
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        twin = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
+        )
     locate = _Locator(config, source)
     for name, _ in list(twin.named_parameters()):
         module, _, leaf = name.rpartition(".")
@@ -68,17 +68,15 @@ class _Locator:
     def __init__(self, config: Any, source: Mapping[str, Tensor]) -> None:
         self._source = source
         self._vocabulary = int(config.vocab_size)
-        self._inner = int(config.intermediate_size)
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
-        # On a CPU SGLang pads the inner size; the second half of gate_up starts after the padding.
-        padded = source["model.layers.0.mlp.gate_up_proj.weight"].shape[0] // 2
+        inner = int(config.intermediate_size)
         self._fused = {
             "q_proj": ("qkv_proj", 0, q),
             "k_proj": ("qkv_proj", q, kv),
             "v_proj": ("qkv_proj", q + kv, kv),
-            "gate_proj": ("gate_up_proj", 0, self._inner),
-            "up_proj": ("gate_up_proj", padded, self._inner),
+            "gate_proj": ("gate_up_proj", 0, inner),
+            "up_proj": ("gate_up_proj", inner, inner),
         }
 
     def __call__(self, name: str) -> Tensor:
@@ -87,21 +85,23 @@ class _Locator:
             fused, start, length = self._fused[projection]
             return self._source[name.replace(projection, fused)].narrow(0, start, length)
         found = self._source[name]
-        if projection == "down_proj" and name.endswith("weight"):
-            return found.narrow(1, 0, self._inner)
         if projection in ("embed_tokens", "lm_head"):  # SGLang pads the vocabulary to a multiple of 64
             return found.narrow(0, 0, self._vocabulary)
         return found
 
 
 def _rebuild_buffers(twin: nn.Module, config: Any) -> None:
-    """Compute the rotary tables again: buffers made on the meta device have no values."""
+    """Compute rotary tables and embedding scales again: buffers made on the meta device have no values."""
     rebuilt: dict[str, nn.Module] = {}
     for name, buffer in list(twin.named_buffers()):
         if not buffer.is_meta:
             continue
         module_name, _, leaf = name.rpartition(".")
-        module = twin.get_submodule(module_name)
-        if module_name not in rebuilt:
-            rebuilt[module_name] = type(module)(config=config)
-        module.register_buffer(leaf, getattr(rebuilt[module_name], leaf), persistent=False)
+        module: Any = twin.get_submodule(module_name)
+        if leaf == "embed_scale":  # Gemma's; kept beside the buffer as a number
+            value = torch.tensor(module.scalar_embed_scale)
+        else:
+            if module_name not in rebuilt:
+                rebuilt[module_name] = type(module)(config=config)
+            value = getattr(rebuilt[module_name], leaf)
+        module.register_buffer(leaf, value, persistent=False)

@@ -19,12 +19,20 @@ from torch import Tensor, nn
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+Rotary = tuple[Tensor, Tensor]
+"""cos and sin of shape [1, n, head size]."""
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+
+
 class Backbone:
-    """Decoder layers, embedding, norm and head of a transformers causal LM.
+    """Decoder layers, embedding, norm and head of a transformers causal LM; what differs by architecture is here.
 
     Attributes:
         hidden_size: width of the residual stream.
         kv_width: kv_heads x head size, the width of one K or V row.
+        windows: for each layer, how many tokens a token attends to, itself included; None for all.
     """
 
     def __init__(self, model: Any) -> None:
@@ -38,6 +46,14 @@ class Backbone:
         )
         self.kv_width = self.kv_heads * self.head_size
         self.vocabulary = int(config.vocab_size)
+        self._layer_types = _layer_types(config)
+        window = getattr(config, "sliding_window", None)
+        self.windows = tuple(int(window) if kind == SLIDING else None for kind in self._layer_types)
+        self._rotary_by_type = FULL in (config.rope_parameters or {}) or SLIDING in (
+            config.rope_parameters or {}
+        )
+        self._adds_mask = config._attn_implementation == "eager"
+        self._logit_cap = getattr(config, "final_logit_softcapping", None)
 
     @property
     def device(self) -> torch.device:
@@ -54,16 +70,37 @@ class Backbone:
         out: Tensor = self._decoder.embed_tokens(tokens)
         return out
 
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of shape [1, n, head size] for positions of shape [n]."""
-        like = self._decoder.norm.weight
-        cos, sin = self._decoder.rotary_emb(like, positions[None])
-        return cos, sin
+    def rotary(self, positions: Tensor) -> tuple[Rotary, ...]:
+        """Each layer's cos and sin for positions of shape [n]; layers of one type share theirs."""
+        like, rows = self._decoder.norm.weight, positions[None]
+        if not self._rotary_by_type:
+            return (self._decoder.rotary_emb(like, rows),) * len(self._layer_types)
+        made = {kind: self._decoder.rotary_emb(like, rows, kind) for kind in set(self._layer_types)}
+        return tuple(made[kind] for kind in self._layer_types)
+
+    def attention_mask(self, seen: Tensor) -> Tensor:
+        """The mask as attention takes it, of shape [1, 1, queries, keys]; `seen` is [queries, keys], bool."""
+        if self._adds_mask:
+            lowest = torch.finfo(self._decoder.norm.weight.dtype).min
+            zeros = torch.zeros(seen.shape, dtype=self._decoder.norm.weight.dtype, device=seen.device)
+            seen = zeros.masked_fill_(~seen, lowest)
+        return seen[None, None]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] output of the last layer to [n, vocabulary]."""
         out: Tensor = self.model.lm_head(self._decoder.norm(hidden))
+        if self._logit_cap is not None:
+            out = torch.tanh(out / self._logit_cap) * self._logit_cap
         return out
+
+
+def _layer_types(config: Any) -> tuple[str, ...]:
+    """Mistral's configuration has a window and no types: every layer slides."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return tuple(types)
+    slides = getattr(config, "sliding_window", None) is not None
+    return (SLIDING if slides else FULL,) * int(config.num_hidden_layers)
 
 
 class Adapter:

@@ -119,7 +119,7 @@ class MicroBatch:
         self._window = window
         self._loss_tokens = loss_tokens
         self._row_count = -(-backbone.hidden_size // backbone.kv_width)
-        self._cos, self._sin = backbone.rotary(self._sequence.positions)
+        self._rotary = backbone.rotary(self._sequence.positions)
         self._lay_out(buffers, slots)
         self.tokens = len(sequence)
         self.loss = 0.0
@@ -226,7 +226,7 @@ class MicroBatch:
         if layer > 0:
             self._write_hidden(self._scratch, a, gradients[0])
         if past is not None:
-            first = self._first(a)
+            first = self._first(layer, a)
             self._scratch.add(self._grad_k + first, _to_rows(gradients[1]))
             self._scratch.add(self._grad_v + first, _to_rows(gradients[2]))
         self._accumulate(layer, gradients[len(leaves) :])
@@ -245,29 +245,36 @@ class MicroBatch:
         self, layer: int, hidden: Tensor, past: tuple[Tensor, Tensor] | None, a: int, b: int
     ) -> tuple[Tensor, _Window]:
         cache = _Window(*past) if past is not None else _Window(None, None)
+        cos, sin = self._rotary[layer]
         out: Any = self._backbone.layers[layer](
             hidden[None],
-            attention_mask=self._mask(a, b),
+            attention_mask=self._mask(layer, a, b),
             position_ids=self._sequence.positions[None, a:b],
             past_key_values=cache,
             use_cache=True,
-            position_embeddings=(self._cos[:, a:b], self._sin[:, a:b]),
+            position_embeddings=(cos[:, a:b], sin[:, a:b]),
         )
         return (out[0] if isinstance(out, tuple) else out)[0], cache
 
-    def _first(self, a: int) -> int:
-        """The first token that window [a, ...) attends to: where the example of token a begins."""
-        return self._starts[a]
+    def _first(self, layer: int, a: int) -> int:
+        """The first token that window [a, ...) attends to: where token a's example or attention window begins."""
+        window = self._backbone.windows[layer]
+        return self._starts[a] if window is None else max(self._starts[a], a - window + 1)
 
-    def _mask(self, a: int, b: int) -> Tensor:
-        """[1, 1, b - a, b - first]: a token sees itself and earlier tokens of its own example."""
+    def _mask(self, layer: int, a: int, b: int) -> Tensor:
+        """Of shape [1, 1, b - a, b - first]: a token sees itself and earlier tokens of its own example, as far
+        back as the layer's attention window reaches."""
         device = self._sequence.starts.device
-        keys = torch.arange(self._first(a), b, device=device)[None]
+        keys = torch.arange(self._first(layer, a), b, device=device)[None]
         queries = torch.arange(a, b, device=device)[:, None]
-        return ((keys <= queries) & (keys >= self._sequence.starts[a:b, None]))[None, None]
+        seen = (keys <= queries) & (keys >= self._sequence.starts[a:b, None])
+        window = self._backbone.windows[layer]
+        if window is not None:
+            seen &= keys > queries - window
+        return self._backbone.attention_mask(seen)
 
     def _past(self, layer: int, a: int) -> tuple[Tensor, Tensor] | None:
-        first = self._first(a)
+        first = self._first(layer, a)
         if first == a:
             return None
         return (
