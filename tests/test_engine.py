@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -13,8 +13,8 @@ from torch import Tensor
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.lanes import Lane
 from harli_appliance.engine.slo import SloTracker
-from harli_appliance.errors import EngineFault, Overloaded
-from harli_appliance.memory.pool import SlotCounts, SlotPool
+from harli_appliance.errors import EngineFault, Overloaded, UsageError
+from harli_appliance.memory.pool import Lease, SlotCounts, SlotPool
 from harli_appliance.runtime.protocol import (
     NewTokens,
     QueueDepth,
@@ -37,7 +37,11 @@ class ScriptedRuntime:
         self.live: dict[str, tuple[Submission, int]] = {}
         self.ended: list[NewTokens] = []
         self.break_on: str | None = None
-        self.gate: asyncio.Event | None = None
+        self.blocked: Callable[[], bool] = lambda: False
+
+    def check(self, submission: Submission) -> None:
+        if max(submission.prompt, default=0) >= 1000:
+            raise UsageError("no such token", param="prompt")
 
     def submit(self, submission: Submission) -> None:
         if submission.id == "refuse-me":
@@ -49,7 +53,7 @@ class ScriptedRuntime:
             self.ended.append(NewTokens(request_id, (), "abort", error="Aborted"))
 
     def plan(self) -> StepPlan | None:
-        if not self.live:
+        if not self.live or self.blocked():
             return None
         return StepPlan("decode", tuple(self.live), 0, 10, None)
 
@@ -66,12 +70,17 @@ class ScriptedRuntime:
                 del self.live[request]
         return StepOutcome(0.001, tuple(brought))
 
+    def recover(self, plan: StepPlan, error: Exception) -> tuple[NewTokens, ...]:
+        for request in plan.requests:
+            del self.live[request]
+        return tuple(NewTokens(request, (), "error", error=str(error)) for request in plan.requests)
+
     def drain(self) -> tuple[NewTokens, ...]:
         ended, self.ended = tuple(self.ended), []
         return ended
 
     def depth(self) -> QueueDepth:
-        return QueueDepth(len(self.live), 0)
+        return QueueDepth(0, len(self.live)) if self.blocked() else QueueDepth(len(self.live), 0)
 
 
 class NoSlots:
@@ -113,9 +122,10 @@ class NoTraining:
 async def rig() -> AsyncIterator[tuple[Engine, ScriptedRuntime, NoTraining]]:
     runtime, trainer = ScriptedRuntime(), NoTraining()
     inference, training = Lane("inference"), Lane("training")
+    pool = SlotPool(NoSlots(), watermark=0.0)
     engine = Engine(
         runtime,
-        SlotPool(NoSlots(), watermark=0.0),
+        pool,
         Scheduler(Predictor(), "spatial"),
         trainer,  # type: ignore[arg-type]
         SloTracker(100, 1000),
@@ -206,3 +216,24 @@ async def test_training_is_told_at_every_tick(rig: Rig) -> None:
     await tokens(engine, ask("r", 5))
     assert len(trainer.allowed) >= 5
     assert set(trainer.allowed) == {0}
+
+
+async def test_requests_never_wait_for_slots_that_training_holds(rig: Rig) -> None:
+    """The forecast sees enough, but the runtime does not admit while anything is leased."""
+    engine, runtime, _ = rig
+    pool = engine._pool
+    leases: list[Lease] = []
+    lease = pool.grant(10, lambda: leases[0].release())
+    assert lease is not None
+    leases.append(lease)
+    runtime.blocked = lambda: pool.use().leased > 0
+    found = await asyncio.wait_for(tokens(engine, ask("waiting")), 10)
+    assert found == [0, 1, 2, 3, 4]
+    assert lease.revoked
+
+
+async def test_requests_that_wait_for_others_are_looked_at_again(rig: Rig) -> None:
+    engine, runtime, _ = rig
+    looks = iter(range(20))
+    runtime.blocked = lambda: next(looks, None) is not None
+    assert await asyncio.wait_for(tokens(engine, ask("patient")), 10) == [0, 1, 2, 3, 4]

@@ -107,8 +107,10 @@ class Engine:
         """Queue a request.
 
         Raises:
+            UsageError: it cannot be served as asked.
             Overloaded: the queue is full.
         """
+        self._runtime.check(submission)
         waiting = self._depth.waiting + len(self._submissions)
         if waiting >= self._max_queued:
             raise Overloaded(f"{waiting} requests are waiting already; try again later")
@@ -170,15 +172,19 @@ class Engine:
             self._observe(step, *measured)
 
     async def _wait_for_work(self) -> None:
-        stalled = self._depth.waiting and self._decision.mode != "training"
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._work.wait(), STALL_S if stalled else None)
+            await asyncio.wait_for(self._work.wait(), STALL_S if self._depth.waiting else None)
 
     async def _plan(self) -> StepPlan | None:
         """The next step; slots that it may need are taken back from training first."""
         admitted = await self._inference.run(self._admit_and_plan, True)
-        if admitted.shortage:
-            for lease in self._pool.revoke(admitted.shortage):
+        shortage = admitted.shortage
+        if admitted.plan is None and self._depth.waiting:
+            # Requests wait though the forecast saw enough: the runtime's own admission is stricter. Serving
+            # comes first, so it gets everything.
+            shortage = max(shortage, self._pool_use.leased)
+        if shortage:
+            for lease in self._pool.revoke(shortage):
                 await lease.released()
             admitted = await self._inference.run(self._admit_and_plan, False)
         return admitted.plan
@@ -217,7 +223,9 @@ class Engine:
             outcome = await self._inference.run(self._runtime.execute, plan)
         except Exception as error:
             log.exception("a serving step failed", requests=plan.requests)
-            self._fail(plan, error)
+            self._faults.append(time.perf_counter())
+            for item in await self._inference.run(self._runtime.recover, plan, error):
+                self._deliver(item, time.perf_counter())
             return None
         overlap = (self._training.busy_s() - busy) / max(outcome.seconds, 1e-9)
         now = time.perf_counter()
@@ -255,14 +263,6 @@ class Engine:
         timing = self.slo.ended(item.request, "aborted" if aborted else "failed" if failed else "finished")
         if timing is not None and not aborted and self.on_finished is not None:
             self.on_finished(item, timing)
-
-    def _fail(self, plan: StepPlan, error: Exception) -> None:
-        """End the requests of a batch whose step failed; the others go on."""
-        now = time.perf_counter()
-        self._faults.append(now)
-        for request in plan.requests:
-            self._aborts.append(request)
-            self._deliver(NewTokens(request, (), "error", error=f"{type(error).__name__}: {error}"), now)
 
     # -- telling -----------------------------------------------------------------------------------------
 

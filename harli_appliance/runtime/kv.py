@@ -17,6 +17,8 @@ from harli_appliance.runtime.sglang_runtime import SglangRuntime
 
 ADMISSION_CLIP = 4096
 """SGLang reserves at most this many answer tokens for a request (``SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION``)."""
+ADMISSION_MARGIN = 8
+"""Slots beyond prompt and answer that SGLang wants to see free before it admits a request."""
 HORIZON = 512
 """Tokens that running answers may grow by while no request waits; leases come back within one work unit."""
 
@@ -51,7 +53,11 @@ class SglangSlots:
         """
         scheduler = self._scheduler
         chunked = scheduler.chunked_req
-        waiting = [*scheduler.waiting_queue, *([chunked] if chunked is not None else [])]
+        waiting = [
+            *scheduler.waiting_queue,
+            *scheduler.grammar_manager.grammar_queue,
+            *([chunked] if chunked is not None else []),
+        ]
         clip = ADMISSION_CLIP if waiting else HORIZON
         running = {id(request): request for request in scheduler.running_batch.reqs}
         if scheduler.last_batch is not None:  # a prefill batch joins the running one at the next plan
@@ -62,7 +68,9 @@ class SglangSlots:
             if not request.finished()
         )
         slots += sum(
-            len(request.origin_input_ids) + min(request.sampling_params.max_new_tokens, clip)
+            len(request.origin_input_ids)
+            + min(request.sampling_params.max_new_tokens, clip)
+            + ADMISSION_MARGIN
             for request in waiting
         )
         return int(slots)
