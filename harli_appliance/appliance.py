@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,10 +20,12 @@ import structlog
 import torch
 
 from harli_appliance import __version__
-from harli_appliance.api.ports import ChatCall, Generation, Job, JobEvent, JobSpec, StoredFile, TextDelta
+from harli_appliance.answers import Answer, sampling_of_choice
+from harli_appliance.api.ports import ChatCall, Generation, Job, JobEvent, JobSpec, StoredFile
 from harli_appliance.config import Settings
 from harli_appliance.device.cuda import gpu_name, stream_context
 from harli_appliance.device.partition import Partition, cpu_name, cpu_partition, describe_cores
+from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.lanes import Lane
 from harli_appliance.engine.slo import Quantiles, RequestTiming, SloTracker
@@ -32,8 +35,6 @@ from harli_appliance.errors import (
     ApplianceUnavailable,
     ConfigError,
     HarliError,
-    NotFound,
-    UnsupportedParameter,
     UsageError,
 )
 from harli_appliance.memory.pool import SlotPool
@@ -45,8 +46,9 @@ from harli_appliance.models.architectures import (
 )
 from harli_appliance.models.catalog import config_of, resolve_model
 from harli_appliance.runtime.architectures import refuse_unservable
+from harli_appliance.runtime.grammar import check_json_schema
 from harli_appliance.runtime.protocol import NewTokens, Sampling, Submission
-from harli_appliance.runtime.text import Decoder, TextCodec
+from harli_appliance.runtime.text import TextCodec
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.schema import (
@@ -79,55 +81,11 @@ SHOWN_JOBS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class _Served:
-    """An adapter that requests can name."""
-
-    name: str
-    adapter_id: str
-    job: str
-
-
-@dataclass(frozen=True, slots=True)
 class _Asked:
     """What the usage log wants to know about a request when it ends."""
 
     model: str
     prompt_tokens: int
-
-
-class _Answer(Generation):
-    """One running chat completion."""
-
-    def __init__(self, stream: TokenStream, decoder: Decoder, prompt_tokens: int) -> None:
-        self._stream = stream
-        self._decoder = decoder
-        self._prompt_tokens = prompt_tokens
-        self._cached_tokens = 0
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self._prompt_tokens
-
-    @property
-    def cached_tokens(self) -> int:
-        return self._cached_tokens
-
-    def abort(self) -> None:
-        self._stream.abort()
-
-    async def __aiter__(self) -> AsyncIterator[TextDelta]:
-        pending = 0
-        async for item in self._stream:
-            self._cached_tokens = item.cached_tokens
-            text = self._decoder.push(item.tokens)
-            pending += len(item.tokens)
-            finish: Literal["stop", "length"] | None = None
-            if item.finish is not None:
-                text += self._decoder.finish()
-                finish = "length" if item.finish == "length" else "stop"
-            if text or finish:
-                yield TextDelta(text, pending, finish)
-                pending = 0
 
 
 class Appliance:
@@ -172,7 +130,6 @@ class Appliance:
             self._training = Lane("training", partition.training)
         self._slo = SloTracker(settings.slo.tpot_ms, settings.slo.ttft_ms)
         self._scheduler = Scheduler(Predictor(settings.scheduling.bound_quantile), settings.scheduling.policy)
-        self._adapters: dict[str, _Served] = {}
         self._asked: dict[str, _Asked] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._background: set[asyncio.Task[None]] = set()
@@ -227,6 +184,7 @@ class Appliance:
             max_lora_rank=settings.training.max_lora_rank,
             max_adapters=settings.training.max_adapters,
             lora=self._finetunes,
+            seed=secrets.randbits(31),  # answers without a seed differ after a restart too
         )
         try:
             self._runtime = await self._inference.run(SglangRuntime, options)
@@ -265,7 +223,8 @@ class Appliance:
             self._training,
             max_queued=settings.server.max_queued_requests,
         )
-        self._engine.on_finished = self._record
+        self._engine.on_ended = self._record
+        self._shelf = AdapterShelf(self._runtime, self._inference)
         await self._restore()
         self._tasks.append(asyncio.create_task(self._engine.run(), name="engine"))
         self._tasks.append(asyncio.create_task(self._save_predictor_forever(), name="predictor"))
@@ -285,7 +244,7 @@ class Appliance:
         await self._queue.recover()
         for adapter in await self._queue.adapters():
             try:
-                await self._serve_adapter(adapter.name, adapter.job_id, adapter.path)
+                await self._shelf.put(adapter.name, adapter.path, adapter.job_id)
             except HarliError as error:
                 log.error("an adapter cannot be served", adapter=adapter.name, why=error.message)
 
@@ -349,73 +308,76 @@ class Appliance:
     async def _finish_job(self, job: Job, run: JobRun) -> None:
         folder = self._settings.adapters / job.id
         await self._training.run(run.save_adapter, folder)
-        await self._serve_adapter(adapter_name(job), job.id, folder)
+        await self._shelf.put(adapter_name(job), folder, job.id)
         await self._queue.succeed(job.id, folder, job.lora_rank)
         await asyncio.to_thread(run.discard_checkpoints)
-
-    async def _serve_adapter(self, name: str, job: str, folder: Path) -> None:
-        adapter_id = f"{job}-{uuid.uuid4().hex[:8]}"
-        await self._inference.run(self._runtime.load_adapter, adapter_id, name, str(folder))
-        self._adapters[name] = _Served(name, adapter_id, job)
 
     # -- serving -----------------------------------------------------------------------------------------
 
     def models(self) -> list[ModelView]:
         base = ModelView(id=self._name, kind="base")
-        served = [
-            ModelView(id=adapter.name, kind="adapter", parent=self._name, job=adapter.job)
-            for adapter in self._adapters.values()
-        ]
+        served = (
+            [
+                ModelView(id=version.name, kind="adapter", parent=self._name, job=version.job)
+                for version in self._shelf.versions
+            ]
+            if self._state == "ready"
+            else []
+        )
         return [base, *served]
 
     async def chat(self, call: ChatCall) -> Generation:
-        """Begin an answer.
+        """Begin an answer of `call.n` choices.
 
         Raises:
-            ApplianceUnavailable: not ready. NotFound: unknown model. UsageError: the prompt does not fit.
+            ApplianceUnavailable: not ready. NotFound: unknown model. UsageError: it cannot be answered as asked.
             Overloaded: too many requests wait.
         """
+        if call.json_schema is not None:
+            await asyncio.to_thread(check_json_schema, call.json_schema)
+        if call.logprobs is not None:
+            await asyncio.to_thread(self._codec.token_bytes, 0)  # the first call is slow
+        # From here on nothing awaits, so that all choices run on the same version of an adapter.
         self._require_ready()
-        adapter = self._adapter_of(call.model)
-        if call.seed is not None and call.temperature > 0:
-            raise UnsupportedParameter(
-                "seed is only supported with temperature 0, where answers repeat anyway", param="seed"
-            )
         prompt = self._codec.encode_chat(call.messages)
-        submission = Submission(
-            id=f"chatcmpl-{uuid.uuid4().hex}",
-            prompt=prompt,
-            sampling=Sampling(
-                max_tokens=self._fitting(len(prompt), call.max_tokens),
-                temperature=call.temperature,
-                top_p=call.top_p,
-                top_k=call.top_k,
-                min_p=call.min_p,
-                frequency_penalty=call.frequency_penalty,
-                presence_penalty=call.presence_penalty,
-                stop=call.stop,
-                ignore_eos=call.ignore_eos,
-            ),
-            adapter=adapter,
+        sampling = Sampling(
+            max_tokens=self._fitting(len(prompt), call.max_tokens),
+            temperature=call.temperature,
+            top_p=call.top_p,
+            top_k=call.top_k,
+            min_p=call.min_p,
+            frequency_penalty=call.frequency_penalty,
+            presence_penalty=call.presence_penalty,
+            repetition_penalty=call.repetition_penalty,
+            seed=call.seed,
+            stop=call.stop,
+            stop_token_ids=call.stop_token_ids,
+            ignore_eos=call.ignore_eos,
+            min_tokens=call.min_tokens,
+            logprobs=call.logprobs,
+            json_schema=call.json_schema,
         )
-        stream = self._engine.submit(submission)
-        self._asked[submission.id] = _Asked(call.model, len(prompt))
-        return _Answer(stream, self._codec.decoder(call.stop), len(prompt))
+        streams: list[TokenStream] = []
+        try:
+            for choice in range(call.n):
+                request = f"chatcmpl-{uuid.uuid4().hex}"
+                adapter = None if call.model == self._name else self._shelf.begin(call.model, request)
+                submission = Submission(request, prompt, sampling_of_choice(sampling, choice), adapter)
+                try:
+                    streams.append(self._engine.submit(submission))
+                except HarliError:
+                    self._shelf.end(request)
+                    raise
+                self._asked[request] = _Asked(call.model, len(prompt))
+        except HarliError:
+            for stream in streams:
+                stream.abort()
+            raise
+        return Answer(streams, self._codec, call.stop, len(prompt))
 
     def _require_ready(self) -> None:
         if self._state != "ready":
             raise ApplianceUnavailable(f"the appliance is {self._state}; try again in a moment")
-
-    def _adapter_of(self, model: str) -> str | None:
-        if model == self._name:
-            return None
-        if model not in self._adapters:
-            raise NotFound(
-                f"model {model!r} does not exist; GET /v1/models lists those that do",
-                code="model_not_found",
-                param="model",
-            )
-        return self._adapters[model].adapter_id
 
     def _fitting(self, prompt: int, wanted: int | None) -> int:
         """How many tokens the answer may have."""
@@ -430,7 +392,26 @@ class Appliance:
             )
         return wanted if wanted is not None else room
 
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Serve an adapter from a folder under `name`, in the place of one that had it.
+
+        It is not kept for the next start.
+
+        Raises:
+            UsageError: the name is the base model's, or the adapter does not fit; what was served still is.
+        """
+        self._require_ready()
+        if name == self._name:
+            raise UsageError(f"{name!r} is the base model's name; choose another", param="lora_name")
+        await self._shelf.put(name, folder)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Stop serving an adapter; requests in flight on it finish."""
+        self._require_ready()
+        await self._shelf.remove(name)
+
     def _record(self, item: NewTokens, timing: RequestTiming) -> None:
+        self._shelf.end(item.request)
         asked = self._asked.pop(item.request, None)
         if asked is None:
             return

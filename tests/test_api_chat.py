@@ -136,11 +136,6 @@ async def test_text_parts_are_joined_and_an_answer_can_be_sent_back(
     [
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("functions", [{"name": "f"}]),
-        ("response_format", {"type": "json_object"}),
-        ("logprobs", True),
-        ("top_logprobs", 2),
-        ("n", 2),
-        ("n", True),
         ("audio", {"voice": "alloy", "format": "wav"}),
         ("modalities", ["text", "audio"]),
         ("logit_bias", {"50": 1}),

@@ -23,19 +23,19 @@ def greedy(model: Any, tokens: list[int], count: int) -> list[int]:
     return out[0, len(tokens) :].tolist()
 
 
-def serve(serving: Serving, submissions: list[Submission]) -> dict[str, list[NewTokens]]:
-    """Run requests to their end, the later ones joining two steps apart."""
+def serve(serving: Serving, submissions: list[Submission], every: int = 2) -> dict[str, list[NewTokens]]:
+    """Run requests to their end, the later ones joining `every` steps apart."""
     arriving = list(submissions)
     brought: dict[str, list[NewTokens]] = {s.id: [] for s in submissions}
 
     def run() -> None:
         step = 0
         while True:
-            if arriving and step % 2 == 0:
+            if arriving and step % every == 0:
                 serving.runtime.submit(arriving.pop(0))
             step += 1
             plan = serving.runtime.plan()
-            if plan is None and not arriving:
+            if plan is None and not arriving and not serving.runtime.depth().waiting:
                 return
             outcome = serving.runtime.execute(plan) if plan else None
             for item in (*(outcome.tokens if outcome else ()), *serving.runtime.drain()):

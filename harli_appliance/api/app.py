@@ -9,6 +9,7 @@ from __future__ import annotations
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
+from harli_appliance.api.adapters import AdapterRoutes
 from harli_appliance.api.auth import bearer_middleware
 from harli_appliance.api.chat import ChatRoutes
 from harli_appliance.api.errors import add_request_id, errors_middleware
@@ -30,6 +31,7 @@ def create_app(port: AppliancePort, settings: Settings) -> web.Application:
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY)
     app.on_response_prepare.append(add_request_id)
     app.add_routes(OperationsRoutes(port).routes())
+    app.add_routes(AdapterRoutes(port).routes())
     app.add_routes(ChatRoutes(port).routes())
     app.add_routes(FileRoutes(port, settings).routes())
     app.add_routes(FineTuningRoutes(port).routes())

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import structlog
 from aiohttp import web
@@ -16,18 +18,21 @@ from aiohttp import web
 from harli_appliance.api.bodies import read_body
 from harli_appliance.api.chat_request import ChatRequest
 from harli_appliance.api.errors import error_detail, request_id, unexpected
-from harli_appliance.api.ports import AppliancePort, Generation, TextDelta
+from harli_appliance.api.ports import AppliancePort, FinishReason, Generation, Logprob
 from harli_appliance.api.wire import (
     AssistantMessage,
     ChatChunk,
     ChatCompletion,
     Choice,
+    ChoiceLogprobs,
     ChunkChoice,
     Delta,
     ListOf,
     ModelHarli,
     ModelObject,
     PromptTokensDetails,
+    TokenLogprob,
+    TopLogprob,
     Usage,
 )
 from harli_appliance.errors import ApplianceUnavailable, EngineFault, HarliError, NotFound
@@ -94,19 +99,29 @@ class Answer:
         self._created = int(time.time())
 
     async def whole(self) -> web.Response:
-        texts: list[str] = []
-        finish = None
+        texts: list[list[str]] = [[] for _ in range(self._body.choices)]
+        logprobs: list[list[Logprob]] = [[] for _ in texts]
+        ends: dict[int, FinishReason] = {}
         async for delta in self._generation:
             self._tokens += delta.tokens
-            texts.append(delta.text)
-            finish = delta.finish_reason
-        if finish is None:
-            raise _cut_short()
+            texts[delta.choice].append(delta.text)
+            logprobs[delta.choice].extend(delta.logprobs)
+            if delta.finish_reason is not None:
+                ends[delta.choice] = delta.finish_reason
+        self._require_all(ends)
         completion = ChatCompletion(
             id=self._id,
             created=self._created,
             model=self._body.model,
-            choices=[Choice(message=AssistantMessage(content="".join(texts)), finish_reason=finish)],
+            choices=[
+                Choice(
+                    index=index,
+                    message=AssistantMessage(content="".join(texts[index])),
+                    logprobs=self._logprobs(logprobs[index]),
+                    finish_reason=ends[index],
+                )
+                for index in range(len(texts))
+            ],
             usage=self._usage(),
         )
         return web.json_response(completion.model_dump(mode="json"))
@@ -114,23 +129,30 @@ class Answer:
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Server-sent events. Nothing is sent before the first token: until then a failure has a status."""
         deltas = aiter(self._generation)
-        first = await anext(deltas, None)
-        if first is None:
+        delta = await anext(deltas, None)
+        if delta is None:
             raise _cut_short()
         response = web.StreamResponse(headers=SSE_HEADERS)
         await response.prepare(request)
+        ends: dict[int, FinishReason] = {}
         try:
-            await self._send(response, Delta(role="assistant", content=""))
-            delta: TextDelta | None = first
+            for index in range(self._body.choices):
+                opening = Delta(role="assistant", content="")
+                await self._send(response, ChunkChoice(index=index, delta=opening))
             while delta is not None:
                 self._tokens += delta.tokens
-                if delta.text:
-                    await self._send(response, Delta(content=delta.text))
-                last, delta = delta, await anext(deltas, None)
-            if last.finish_reason is None:
-                raise _cut_short()
-            end = ChunkChoice(delta=Delta(), finish_reason=last.finish_reason)
-            await response.write(self._event(self._chunk([end])))
+                if delta.text or delta.logprobs:
+                    piece = Delta(content=delta.text)
+                    logprobs = self._logprobs(delta.logprobs)
+                    await self._send(
+                        response, ChunkChoice(index=delta.choice, delta=piece, logprobs=logprobs)
+                    )
+                if delta.finish_reason is not None:
+                    ends[delta.choice] = delta.finish_reason
+                    end = ChunkChoice(index=delta.choice, delta=Delta(), finish_reason=delta.finish_reason)
+                    await self._send(response, end)
+                delta = await anext(deltas, None)
+            self._require_all(ends)
             if self._body.include_usage:
                 await response.write(self._event(self._chunk([], self._usage())))
             await response.write(b"data: [DONE]\n\n")
@@ -144,13 +166,27 @@ class Answer:
         await response.write_eof()
         return response
 
+    def _require_all(self, ends: Mapping[int, FinishReason]) -> None:
+        if len(ends) < self._body.choices:
+            raise _cut_short()
+
+    def _logprobs(self, found: Sequence[Logprob]) -> ChoiceLogprobs | None:
+        if not self._body.logprobs:
+            return None
+        return ChoiceLogprobs(
+            content=[
+                TokenLogprob(**_token(entry), top_logprobs=[TopLogprob(**_token(top)) for top in entry.top])
+                for entry in found
+            ]
+        )
+
     async def _fail(self, request: web.Request, response: web.StreamResponse, error: HarliError) -> None:
         """The status line is long gone: say it as an event, and leave [DONE] out."""
         log.warning("answer cut short", request_id=request_id(request), error=str(error))
         await response.write(f"data: {json.dumps({'error': error_detail(error)})}\n\n".encode())
 
-    async def _send(self, response: web.StreamResponse, delta: Delta) -> None:
-        await response.write(self._event(self._chunk([ChunkChoice(delta=delta)])))
+    async def _send(self, response: web.StreamResponse, choice: ChunkChoice) -> None:
+        await response.write(self._event(self._chunk([choice])))
 
     def _chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
         return ChatChunk(
@@ -173,6 +209,12 @@ class Answer:
             total_tokens=prompt + self._tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=self._generation.cached_tokens),
         )
+
+
+def _token(entry: Logprob) -> dict[str, Any]:
+    """A token as OpenAI shows it: its bytes, and as text, where a part of a character becomes U+FFFD."""
+    text = entry.token.decode("utf-8", "replace")
+    return {"token": text, "logprob": entry.logprob, "bytes": list(entry.token)}
 
 
 def _cut_short() -> EngineFault:

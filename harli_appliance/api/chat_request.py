@@ -1,7 +1,7 @@
 """The body of a chat completion: what is used, what is harmless, what is refused.
 
-Knows OpenAI's fields and SGLang's extra sampling values (top_k, min_p, ignore_eos). Does not know who
-answers.
+Knows OpenAI's fields and the extra sampling values of vLLM and SGLang (top_k, min_p, repetition_penalty,
+stop_token_ids, min_tokens, ignore_eos). Does not know who answers.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from pydantic import Field, field_validator, model_validator
 
 from harli_appliance.api.bodies import ANY, Body, contradiction, unsupported
 from harli_appliance.api.ports import ChatCall
+from harli_appliance.api.response_format import ResponseFormat
 
 MAX_STOPS = 4
+MAX_STOP_TOKENS = 64
+MAX_CHOICES = 8
+MAX_TOP_LOGPROBS = 20
 
 Value = TypeVar("Value")
 
@@ -86,17 +90,13 @@ class ChatRequest(Body):
         "function_call": ("none",),
         "functions": ([],),
         "logit_bias": ({},),
-        "logprobs": (False,),
         "modalities": (["text"],),
-        "n": (1,),
         "prediction": (),
         "reasoning_effort": (),
-        "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "store": (False,),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
-        "top_logprobs": (0,),
         "verbosity": (),
         "web_search_options": (),
         # Notes of the caller to itself, or hints that a cache may use: no answer depends on them.
@@ -119,9 +119,18 @@ class ChatRequest(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKENS)] | None = (
+        None
+    )
     ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -143,11 +152,17 @@ class ChatRequest(Body):
             self.max_tokens != self.max_completion_tokens
         ):
             raise contradiction("'max_tokens' and 'max_completion_tokens' differ; give one", "max_tokens")
+        if self.top_logprobs and not self.logprobs:
+            raise contradiction("'top_logprobs' needs logprobs=true", "top_logprobs")
         return self
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def choices(self) -> int:
+        return _or(self.n, 1)
 
     def call(self) -> ChatCall:
         """What the appliance is asked, with OpenAI's defaults filled in."""
@@ -161,7 +176,13 @@ class ChatRequest(Body):
             min_p=_or(self.min_p, 0.0),
             frequency_penalty=_or(self.frequency_penalty, 0.0),
             presence_penalty=_or(self.presence_penalty, 0.0),
+            repetition_penalty=_or(self.repetition_penalty, 1.0),
             seed=self.seed,
             stop=tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
+            min_tokens=_or(self.min_tokens, 0),
+            n=self.choices,
+            logprobs=_or(self.top_logprobs, 0) if self.logprobs else None,
+            json_schema=None if self.response_format is None else self.response_format.schema_text,
         )

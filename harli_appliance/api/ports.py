@@ -33,22 +33,50 @@ class ChatCall:
     min_p: float = 0.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
+    """Of the first choice; choice i uses `seed` + i."""
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    n: int = 1
+    """Choices: answers to the same messages, drawn independently."""
+    logprobs: int | None = None
+    """Most likely tokens to report beside each drawn one; None reports no probabilities at all."""
+    json_schema: str | None = None
+    """JSON text of a schema that the answer must satisfy; whether it can be enforced is not checked yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token and the natural logarithm of its probability; `top` holds the most likely ones at its place."""
+
+    token: bytes
+    """UTF-8, but perhaps only a part of a character."""
+    logprob: float
+    top: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Text of one or more new tokens; the last one carries the finish reason."""
+    """Text of one or more new tokens of one choice; the choice's last one carries the finish reason.
+
+    `logprobs`, when asked for, are those of the tokens that the text comes from.
+    """
 
     text: str
     tokens: int
     finish_reason: FinishReason | None = None
+    choice: int = 0
+    logprobs: tuple[Logprob, ...] = ()
 
 
 class Generation(Protocol):
-    """One running answer. Iterate it to the end, or `abort` it (idempotent, also after the end)."""
+    """One running answer of one or more choices, whose deltas come as they are made.
+
+    Iterate it to the end, or `abort` it (idempotent, also after the end).
+    """
 
     @property
     def prompt_tokens(self) -> int: ...
@@ -158,6 +186,11 @@ class Operations(Protocol):
         """Whether requests are served now."""
         ...
 
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Serve the adapter in `folder` under `name`, in the place of one that had it."""
+        ...
+
+    async def unload_adapter(self, name: str) -> None: ...
     async def status(self) -> Status: ...
     def timeline(self, since: int) -> Timeline: ...
     async def change_policy(self, change: PolicyChange) -> Status: ...

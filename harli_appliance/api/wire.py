@@ -74,10 +74,25 @@ class AssistantMessage(WireObject):
     refusal: str | None = None
 
 
+class TopLogprob(WireObject):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(WireObject):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
 class Choice(WireObject):
     index: int = 0
     message: AssistantMessage
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: Literal["stop", "length"]
 
 
@@ -100,7 +115,7 @@ class Delta(WireObject):
 class ChunkChoice(WireObject):
     index: int = 0
     delta: Delta
-    logprobs: None = None
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harli_appliance.runtime import grammar
+
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -32,8 +34,9 @@ def server_arguments(options: RuntimeOptions) -> dict[str, Any]:
         "model_path": str(options.model),
         "device": options.device,
         "dtype": "float32" if cpu else "bfloat16",
-        "sampling_backend": "pytorch",
-        "grammar_backend": "none",
+        "sampling_backend": "pytorch",  # harli_appliance.runtime.sampler, registered under this name
+        "grammar_backend": grammar.BACKEND,
+        "constrained_json_whitespace_pattern": grammar.WHITESPACE,
         "disable_overlap_schedule": True,  # a step must be over when `execute` returns
         "max_total_tokens": options.pool_slots,
         "max_running_requests": options.max_running_requests,

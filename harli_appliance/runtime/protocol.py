@@ -7,14 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn; the defaults are greedy decoding to the end of `max_tokens`."""
+    """How tokens are drawn; the defaults are greedy decoding to the end of `max_tokens`.
+
+    Attributes:
+        repetition_penalty: divides the logits of tokens already in the answer; 1 changes nothing.
+        seed: the same request with the same seed gives the same tokens, whatever runs beside it.
+        stop: the answer ends with the token that completes one of these.
+        stop_token_ids: tokens that end the answer, beside the model's own.
+        ignore_eos: no token ends the answer, `stop` still does; not together with `stop_token_ids`.
+        min_tokens: neither end tokens nor `stop_token_ids` are drawn before this many tokens.
+        logprobs: most likely tokens to report at each position beside the drawn one; None reports nothing.
+        json_schema: JSON text of a schema that the answer, as a whole, is made to satisfy.
+    """
 
     max_tokens: int = 16
     temperature: float = 0.0
@@ -23,9 +34,14 @@ class Sampling:
     min_p: float = 0.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    json_schema: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +73,27 @@ class StepPlan:
     handle: object = field(repr=False, compare=False)
 
 
+class TokenLogprob(NamedTuple):
+    """Natural logarithm of a drawn token's probability, and (token, logarithm) of the most likely ones."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class NewTokens:
-    """What a step brought one request; `finish` is set on its last."""
+    """What a step brought one request; `finish` is set on its last.
+
+    `logprobs` has one entry for each of `tokens` when the request asked for them: of the model's distribution
+    after penalties and constraints, before temperature and top-p.
+    """
 
     request: str
     tokens: tuple[int, ...]
     finish: FinishReason | None = None
     error: str | None = None
     cached_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +118,27 @@ class Runtime(Protocol):
         """Longest prompt plus answer, in tokens."""
         ...
 
+    def check(self, submission: Submission) -> None:
+        """Raise `UsageError`, naming the field, when it cannot be served as asked. From any thread."""
+        ...
+
     def submit(self, submission: Submission) -> None: ...
-    def abort(self, request_id: str) -> None: ...
+    def abort(self, request_id: str) -> None:
+        """End a request wherever it is; its slots are free after the next step. `drain` or a step tells."""
+        ...
+
     def plan(self) -> StepPlan | None:
         """The next step, None when there is nothing to do; allocates the step's KV slots."""
         ...
 
-    def execute(self, plan: StepPlan) -> StepOutcome: ...
+    def execute(self, plan: StepPlan) -> StepOutcome:
+        """Run the step. After an exception, `recover` must be called with the same plan."""
+        ...
+
+    def recover(self, plan: StepPlan, error: Exception) -> tuple[NewTokens, ...]:
+        """Clean up after a step that failed: its requests end with `error`, the others go on."""
+        ...
+
     def drain(self) -> tuple[NewTokens, ...]:
         """Ends that came about outside of a step (aborted while queued, refused)."""
         ...

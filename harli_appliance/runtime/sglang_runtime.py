@@ -1,6 +1,6 @@
 """SGLang's scheduler, in this process and stepped by hand.
 
-Everything that touches SGLang's internals is in this package, written against one version (`SGLANG`). Knows
+Everything that touches SGLang's internals is in this package, written against one version (`internals`). Knows
 SGLang; does not know training, HTTP or policies. All methods, the constructor too, run on the thread of the
 inference lane.
 
@@ -11,17 +11,18 @@ requests themselves, so the detokenizer process and its sockets are not needed.
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from harli_appliance.errors import ApplianceUnavailable, UsageError
+from harli_appliance.errors import UsageError
 from harli_appliance.runtime import cpu_stand_ins
+from harli_appliance.runtime.adapter_files import check_adapter
 from harli_appliance.runtime.arguments import RuntimeOptions, server_arguments
 from harli_appliance.runtime.protocol import (
     FinishReason,
@@ -43,12 +44,19 @@ from sglang.srt.managers.io_struct import (  # noqa: E402
 )
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH  # noqa: E402
 from sglang.srt.managers.scheduler import Scheduler  # noqa: E402
+from sglang.srt.mem_cache.common import release_kv_cache  # noqa: E402
 from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank  # noqa: E402
 from sglang.srt.server_args import PortArgs, ServerArgs  # noqa: E402
 
-from harli_appliance.runtime.sampling import sampling_params  # noqa: E402
+from harli_appliance.runtime import internals, sampler  # noqa: E402, F401  registers the sampling backend
+from harli_appliance.runtime.sampling import check, logprobs_of, sampling_params  # noqa: E402
 
-SGLANG = "0.5.21"
+GRAMMAR_WAIT_S = 0.0005
+"""How long a plan may wait for grammars that other threads compile; SGLang's own default is ten times that."""
+KEPT_GRAMMARS = 256
+"""Compiled schemas kept for the next request with the same one; SGLang itself keeps all of them for ever."""
+RID_END = "/"
+"""Ends every id inside SGLang, which aborts by prefix: aborting 'a-1' must leave 'a-10' alone."""
 
 
 class _Sink:
@@ -78,7 +86,7 @@ class SglangRuntime:
     """One SGLang scheduler with the model's weights and KV cache."""
 
     def __init__(self, options: RuntimeOptions) -> None:
-        self._check_version()
+        internals.check()
         arguments = ServerArgs(**server_arguments(options))
         arguments.resolve_once()
         _set_envs_and_config(arguments)
@@ -90,20 +98,17 @@ class SglangRuntime:
         if options.lora and options.device == "cpu":
             cpu_stand_ins.unpin_lora()
             import harli_appliance.runtime.lora_cpu  # noqa: F401  registers the backend
+        if options.device == "cpu":
+            # SGLang compiles a function of three lines for the CPU, which takes seconds in the middle of a step.
+            torch.compiler.set_stance("force_eager")
         self._scheduler = Scheduler(arguments, ports)
+        self._sampler = self._scheduler.tp_worker.model_runner.sampler
+        self._grammars = self._scheduler.grammar_manager
+        self._grammars.SGLANG_GRAMMAR_POLL_INTERVAL = GRAMMAR_WAIT_S
         self._ends = _Sink()
         self._replace_sockets()
         self._live: dict[str, _Live] = {}
         self._options = options
-
-    @staticmethod
-    def _check_version() -> None:
-        installed = importlib.metadata.version("sglang")
-        if installed != SGLANG:
-            raise ApplianceUnavailable(
-                f"SGLang {installed} is installed, but this appliance steps the internals of {SGLANG}; "
-                f"run 'make setup', or pip install --no-deps sglang=={SGLANG}"
-            )
 
     def _replace_sockets(self) -> None:
         # These dataclasses are frozen; their sockets were opened a moment ago and nobody listens.
@@ -134,45 +139,67 @@ class SglangRuntime:
 
     # -- requests ------------------------------------------------------------------------------------
 
+    def check(self, submission: Submission) -> None:
+        check(submission, int(self._scheduler.model_config.vocab_size), self.context_length)
+
     def submit(self, submission: Submission) -> None:
-        """Put a request in SGLang's queue. The prompt must already fit `context_length`."""
+        """Put a request in SGLang's queue; it has passed `check`.
+
+        Raises:
+            UsageError: SGLang refuses it all the same.
+        """
+        logprobs = submission.sampling.logprobs
         request = TokenizedGenerateReqInput(
-            rid=submission.id,
+            rid=submission.id + RID_END,
             input_text=None,
             input_ids=array("q", submission.prompt),
             input_embeds=None,
             mm_inputs=None,
             token_type_ids=None,
             sampling_params=sampling_params(submission.sampling, self._scheduler.tokenizer),
-            return_logprob=False,
-            logprob_start_len=-1,
-            top_logprobs_num=0,
+            return_logprob=logprobs is not None,
+            logprob_start_len=-1,  # of the answer only
+            top_logprobs_num=logprobs or 0,
             token_ids_logprob=None,
             stream=True,
             lora_id=submission.adapter,
         )
+        if len(self._grammars.grammar_backend.cache) > KEPT_GRAMMARS:
+            self._grammars.clear()
         self._scheduler.process_input_requests([request])
-        for queued in reversed(self._scheduler.waiting_queue):
-            if queued.rid == submission.id:
+        for queued in (*reversed(self._scheduler.waiting_queue), *self._grammars.grammar_queue):
+            if queued.rid == request.rid:
                 self._live[submission.id] = _Live(queued)
                 return
+        raise UsageError(f"SGLang refuses the request: {self._refusal(request.rid)}")
+
+    def _refusal(self, rid: str) -> str:
+        for message in self._ends.messages:
+            if isinstance(message, AbortReq) and message.rid == rid:
+                return _reason(message)
+        return "it does not say why"
 
     def abort(self, request_id: str) -> None:
-        """End a request wherever it is; its slots are free after the next step."""
-        self._scheduler.abort_request(AbortReq(rid=request_id))
+        self._scheduler.abort_request(AbortReq(rid=request_id + RID_END))
 
     def drain(self) -> tuple[NewTokens, ...]:
         ended = []
         for message in self._ends.messages:
-            if isinstance(message, AbortReq) and self._live.pop(message.rid, None) is not None:
-                reason = (message.finished_reason or {}).get("message") or "aborted"
-                ended.append(NewTokens(message.rid, (), "abort", error=str(reason)))
+            if not isinstance(message, AbortReq):
+                continue
+            request_id = _id(message.rid)
+            if self._live.pop(request_id, None) is not None:
+                ended.append(NewTokens(request_id, (), "abort", error=_reason(message)))
         self._ends.messages.clear()
         return tuple(ended)
 
     def depth(self) -> QueueDepth:
-        running = len(self._scheduler.running_batch.reqs) + (self._scheduler.chunked_req is not None)
-        return QueueDepth(running=running, waiting=len(self._scheduler.waiting_queue))
+        scheduler = self._scheduler
+        # A prefill batch joins the running one at the next plan only.
+        running = {request.rid for request in scheduler.collect_inflight_reqs() if not request.finished()}
+        if scheduler.chunked_req is not None:
+            running.add(scheduler.chunked_req.rid)
+        return QueueDepth(len(running), len(scheduler.waiting_queue) + len(self._grammars))
 
     # -- stepping ------------------------------------------------------------------------------------
 
@@ -193,7 +220,7 @@ class SglangRuntime:
         prefill = batch.forward_mode.is_extend()
         return StepPlan(
             kind="prefill" if prefill else "decode",
-            requests=tuple(request.rid for request in batch.reqs),
+            requests=tuple(_id(request.rid) for request in batch.reqs),
             prefill_tokens=int(batch.extend_num_tokens or 0) if prefill else 0,
             context_tokens=int(batch.seq_lens_cpu.sum()),
             handle=batch,
@@ -203,6 +230,7 @@ class SglangRuntime:
         """Run the planned batch and collect its tokens."""
         batch: Any = plan.handle
         started = time.perf_counter()
+        self._sampler.expect(batch.reqs)
         with torch.inference_mode():
             result = self._scheduler.run_batch(batch)
             self._scheduler.process_batch_result(batch, result)
@@ -210,36 +238,71 @@ class SglangRuntime:
         seconds = time.perf_counter() - started
         return StepOutcome(seconds=seconds, tokens=tuple(self._new_tokens(plan.requests)))
 
+    def recover(self, plan: StepPlan, error: Exception) -> tuple[NewTokens, ...]:
+        """End the requests of a failed step and take back their slots; the others go on."""
+        scheduler: Any = self._scheduler
+        batch: Any = plan.handle
+        reason = f"{type(error).__name__}: {error}"
+        if scheduler.token_to_kv_pool_allocator.free_group is not None:  # it failed while freeing
+            scheduler.token_to_kv_pool_allocator.free_group_end()
+        ended = []
+        for request in batch.reqs:
+            if not request.finished():
+                request.finished_reason = FINISH_ABORT(reason)
+            if request.kv.holds_kv:
+                release_kv_cache(request, scheduler.tree_cache, is_insert=False)
+            if request is scheduler.chunked_req:
+                scheduler.chunked_req = None
+            request_id = _id(request.rid)
+            if self._live.pop(request_id, None) is not None:
+                ended.append(NewTokens(request_id, (), "error", error=reason))
+        if batch is scheduler.running_batch:
+            batch.filter_batch()
+        scheduler.last_batch = None
+        scheduler.running_batch.batch_is_full = False
+        return tuple(ended)
+
     def _new_tokens(self, requests: Sequence[str]) -> Iterable[NewTokens]:
         for request_id in requests:
             live = self._live.get(request_id)
             if live is None:
                 continue
             request = live.request
-            produced = request.output_ids_through_stop
-            tokens = tuple(produced[live.sent :])
             finish = _finish(request)
-            if not tokens and finish is None:
+            if finish == "abort":  # SGLang draws one more token, which nobody wants
+                del self._live[request_id]
+                yield NewTokens(request_id, (), finish, error=request.finished_reason.message)
+                continue
+            produced = request.output_ids_through_stop
+            start, live.sent = live.sent, len(produced)
+            if start == live.sent and finish is None:
                 continue  # a middle chunk of a long prompt
-            live.sent = len(produced)
             if finish is not None:
                 del self._live[request_id]
             yield NewTokens(
                 request_id,
-                tokens,
+                tuple(produced[start:]),
                 finish,
-                error=request.finished_reason.message if finish == "abort" else None,
                 cached_tokens=int(request.cached_tokens),
+                logprobs=logprobs_of(request, start, live.sent),
             )
 
     # -- adapters ------------------------------------------------------------------------------------
 
     def load_adapter(self, adapter_id: str, name: str, path: str) -> None:
+        if not self._options.lora:
+            raise UsageError(f"adapter {name!r} cannot be served: the model runs without LoRA", param="model")
+        config = self._scheduler.model_config.hf_text_config
+        check_adapter(name, Path(path), config, self._options.max_lora_rank)
         result = self._scheduler.load_lora_adapter(
             LoadLoRAAdapterReqInput(lora_name=name, lora_path=path, lora_id=adapter_id)
         )
         if not result.success:
-            raise UsageError(f"adapter {name!r} cannot be served: {result.error_message}", param="model")
+            raise UsageError(
+                f"adapter {name!r} cannot be served: {result.error_message}",
+                code="invalid_adapter",
+                param="model",
+            )
 
     def unload_adapter(self, adapter_id: str, name: str) -> None:
         result = self._scheduler.unload_lora_adapter(
@@ -247,6 +310,14 @@ class SglangRuntime:
         )
         if not result.success:
             raise UsageError(f"adapter {name!r} cannot be unloaded: {result.error_message}", param="model")
+
+
+def _id(rid: str) -> str:
+    return rid.removesuffix(RID_END)
+
+
+def _reason(message: AbortReq) -> str:
+    return str((message.finished_reason or {}).get("message") or "aborted")
 
 
 def _finish(request: Any) -> FinishReason | None:

@@ -5,11 +5,15 @@ Knows transformers' tokenizers; does not know SGLang or HTTP.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from llguidance import LLTokenizer
+from llguidance.hf import from_tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
@@ -57,11 +61,21 @@ class TextCodec:
     def decoder(self, stop: Sequence[str] = ()) -> Decoder:
         return Decoder(self._tokenizer.backend_tokenizer, stop)
 
+    @cached_property
+    def _pieces(self) -> LLTokenizer:
+        return from_tokenizer(self._tokenizer)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, which may be a part of a character. The first call takes up to a second."""
+        piece: bytes = self._pieces.decode_bytes([token])
+        return piece
+
 
 class Decoder:
     """Turns one answer's tokens into text as they come.
 
-    Never emits part of a UTF-8 character, nor a stop string or the beginning of one.
+    Never emits part of a UTF-8 character, nor a stop string or the beginning of one. `settled` counts the
+    tokens, from the first on, whose text has been emitted or is sure to be empty.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
@@ -70,13 +84,20 @@ class Decoder:
         self._stop = tuple(stop)
         self._held = ""
         self._stopped = False
+        self._decoded = 0  # characters
+        self._emitted = 0
+        self._starts: deque[int] = deque()  # of the tokens that are not settled, in characters
+        self.settled = 0
 
     def push(self, tokens: Sequence[int]) -> str:
         """Text that is certain after these tokens; may be empty."""
         if self._stopped:
             return ""
         for token in tokens:
-            self._held += self._stream.step(self._tokenizer, token) or ""
+            text = self._stream.step(self._tokenizer, token) or ""
+            self._starts.append(self._decoded)
+            self._decoded += len(text)
+            self._held += text
         found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
         if found:
             self._stopped = True
@@ -89,6 +110,10 @@ class Decoder:
 
     def _take(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]
+        self._emitted += length
+        while self._starts and self._starts[0] < self._emitted:
+            self._starts.popleft()
+            self.settled += 1
         return text
 
     def _undecided(self) -> int:
