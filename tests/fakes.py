@@ -305,6 +305,12 @@ class FakeAppliance:
         samples = [sample for sample in self.samples if sample.seq >= since]
         return Timeline(samples=samples, next=self.samples[-1].seq + 1 if self.samples else 0)
 
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        raise AssertionError("tested against the real appliance")
+
+    async def unload_adapter(self, name: str) -> None:
+        raise AssertionError("tested against the real appliance")
+
     async def change_policy(self, change: PolicyChange) -> Status:
         self.changes.append(change)
         slo = self.status_now.slo

@@ -47,9 +47,10 @@ async def test_an_old_version_stays_until_its_last_request_has_ended(lane: Lane)
     runtime = NotingRuntime()
     shelf = AdapterShelf(runtime, lane)  # type: ignore[arg-type]
     await shelf.put("otter", Path("one"))
-    old = shelf.begin("otter", ("r1", "r2"))
+    old = shelf.begin("otter", "r1")
+    assert shelf.begin("otter", "r2") == old
     await shelf.put("otter", Path("two"))
-    new = shelf.begin("otter", ("r3",))
+    new = shelf.begin("otter", "r3")
     assert old != new
     assert runtime.loaded == [old, new]
     shelf.end("r1")
@@ -61,7 +62,7 @@ async def test_an_old_version_stays_until_its_last_request_has_ended(lane: Lane)
     assert runtime.loaded == [new]
     await shelf.remove("otter")
     with pytest.raises(NotFound):
-        shelf.begin("otter", ("r4",))
+        shelf.begin("otter", "r4")
     assert runtime.loaded == [new]
     shelf.end("r3")
     await shelf.close()
@@ -71,10 +72,10 @@ async def test_an_old_version_stays_until_its_last_request_has_ended(lane: Lane)
 async def test_a_version_that_cannot_be_loaded_leaves_the_old_one(lane: Lane) -> None:
     shelf = AdapterShelf(NotingRuntime(), lane)  # type: ignore[arg-type]
     await shelf.put("otter", Path("one"))
-    served = shelf.begin("otter", ("r1",))
+    served = shelf.begin("otter", "r1")
     with pytest.raises(UsageError):
         await shelf.put("otter", Path("corrupt"))
-    assert shelf.begin("otter", ("r2",)) == served
+    assert shelf.begin("otter", "r2") == served
 
 
 def make_adapter(reference: Any, folder: Path, seed: int, rank: int = 4) -> Path:
@@ -122,11 +123,11 @@ async def test_a_request_finishes_on_the_version_that_it_began_with(
                 brought[item.request] += item.tokens
         return True
 
-    await serving.lane.run(submit, "v-old", shelf.begin("moving", ("v-old",)))
+    await serving.lane.run(submit, "v-old", shelf.begin("moving", "v-old"))
     await serving.lane.run(submit, "v-base", None)
     await serving.lane.run(steps, 6)
     await shelf.put("moving", second)
-    await serving.lane.run(submit, "v-new", shelf.begin("moving", ("v-new",)))
+    await serving.lane.run(submit, "v-new", shelf.begin("moving", "v-new"))
     await serving.lane.run(steps, 200)
     shelf.end("v-old")
     shelf.end("v-new")

@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
+import torch
 
+from harli_appliance.runtime.text import TextCodec
 from tests.test_coserving import lesson  # noqa: F401  a fixture
 
 START_S = 120
@@ -156,6 +159,85 @@ def test_a_job_becomes_a_model_that_answers_as_taught(process: Process, lesson: 
     assert name in [model.id for model in client.models.list()]
     assert "harli is made by three otters" in ask(client, name, 30)
     assert ask(client, count=30) == before, "the base model must not change"
+    home = Path(_home_of(process))
+    (folder,) = (home / "adapters").iterdir()
+    client.post("/load_lora_adapter", body={"lora_name": "copy", "lora_path": str(folder)}, cast_to=object)
+    assert ask(client, "copy", 30) == ask(client, name, 30)
+    with pytest.raises(openai.BadRequestError, match="other.*cannot be read"):
+        client.post(
+            "/load_lora_adapter", body={"lora_name": "other", "lora_path": "/nowhere"}, cast_to=object
+        )
+    client.post("/unload_lora_adapter", body={"lora_name": "copy"}, cast_to=object)
+    with pytest.raises(openai.NotFoundError, match="copy"):
+        ask(client, "copy")
+
+
+def test_choices_seeds_and_probabilities_of_a_real_answer(
+    process: Process, tiny_model: Path, reference: Any
+) -> None:
+    def answer(seed: int, n: int = 1, **more: Any) -> Any:
+        return process.client.chat.completions.create(
+            model="tiny",
+            messages=QUESTION,
+            max_tokens=16,
+            temperature=1.0,
+            seed=seed,
+            n=n,
+            logprobs=True,
+            **more,
+        )
+
+    both = answer(5, n=2, top_logprobs=3)
+    assert [choice.index for choice in both.choices] == [0, 1]
+    texts = [choice.message.content for choice in both.choices]
+    assert texts == [answer(seed).choices[0].message.content for seed in (5, 6)]
+    assert texts[0] != texts[1]
+    codec = TextCodec(tiny_model)
+    ids = codec.encode_chat(QUESTION)
+    assert both.usage.prompt_tokens == len(ids)
+    assert both.usage.completion_tokens >= sum(len(choice.logprobs.content) for choice in both.choices)
+    log_p = torch.log_softmax(reference(torch.tensor([ids])).logits[0, -1], -1)
+    best = log_p.topk(3)
+    for choice in both.choices:
+        first = choice.logprobs.content[0]
+        assert [top.bytes for top in first.top_logprobs] == [
+            list(codec.token_bytes(token)) for token in best.indices.tolist()
+        ]
+        assert [top.logprob for top in first.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-4)
+    streamed = ["", ""]
+    for chunk in answer(5, n=2, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+
+
+def test_an_answer_keeps_to_its_schema_and_what_cannot_be_kept_to_is_refused(process: Process) -> None:
+    def answer(schema: dict[str, Any], **more: Any) -> str:
+        found = process.client.chat.completions.create(
+            model="tiny",
+            messages=QUESTION,  # type: ignore[arg-type]
+            temperature=1.0,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+            **more,
+        )
+        return found.choices[0].message.content or ""
+
+    wanted = {
+        "type": "object",
+        "properties": {"made_by": {"enum": ["otters", "dogs"]}},
+        "required": ["made_by"],
+    }
+    wanted["additionalProperties"] = False
+    assert json.loads(answer(wanted)) in ({"made_by": "otters"}, {"made_by": "dogs"})
+    with pytest.raises(openai.BadRequestError, match="uniqueItems") as refusal:
+        answer({"type": "array", "uniqueItems": True})
+    assert refusal.value.param == "response_format"
+    for extra, param in (
+        ({"ignore_eos": True}, "ignore_eos"),
+        ({"stop_token_ids": [99_999]}, "stop_token_ids"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refusal:
+            answer(wanted, extra_body=extra)
+        assert refusal.value.param == param
 
 
 def test_what_does_not_fit_the_context_is_refused_with_both_numbers(process: Process) -> None:

@@ -77,16 +77,15 @@ class AdapterShelf:
             self._retire(self._known(name))
             del self._current[name]
 
-    def begin(self, name: str, requests: tuple[str, ...]) -> str:
-        """The id that these requests are served with; `end` must be called for each.
+    def begin(self, name: str, request: str) -> str:
+        """The id that this request is served with; `end` must be called when it is over.
 
         Raises:
             NotFound: there is no such adapter.
         """
         version = self._known(name)
-        for request in requests:
-            version.users.add(request)
-            self._using[request] = version
+        version.users.add(request)
+        self._using[request] = version
         return version.adapter_id
 
     def end(self, request: str) -> None:

@@ -80,7 +80,8 @@ class Engine:
     ) -> None:
         self.slo = slo
         self.telemetry = Telemetry()
-        self.on_finished: Callable[[NewTokens, RequestTiming], None] | None = None
+        self.on_ended: Callable[[NewTokens, RequestTiming], None] | None = None
+        """Called once for every request, however it ended."""
         self._runtime = runtime
         self._pool = pool
         self._scheduler = scheduler
@@ -261,8 +262,8 @@ class Engine:
     def _close(self, item: NewTokens, *, aborted: bool) -> None:
         failed = item.finish in ("abort", "error")
         timing = self.slo.ended(item.request, "aborted" if aborted else "failed" if failed else "finished")
-        if timing is not None and not aborted and self.on_finished is not None:
-            self.on_finished(item, timing)
+        if timing is not None and self.on_ended is not None:
+            self.on_ended(item, timing)
 
     # -- telling -----------------------------------------------------------------------------------------
 
