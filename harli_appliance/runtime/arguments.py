@@ -44,12 +44,14 @@ def server_arguments(options: RuntimeOptions) -> dict[str, Any]:
         "context_length": options.context_length,
         "random_seed": options.seed,
         "skip_server_warmup": True,
+        "stream_interval": 2
+        ** 30,  # tokens are read from the requests; messages about them would be thrown away
         "watchdog_timeout": 1e9,
         "log_level": "warning",
     }
     if cpu:
         arguments |= {
-            "attention_backend": "torch_native",
+            "attention_backend": "torch_native",  # harli_appliance.runtime.attention_cpu, under this name
             "disable_cuda_graph": True,
             "mem_fraction_static": 0.1,  # the pool is sized by max_total_tokens
         }

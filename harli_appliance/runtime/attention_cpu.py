@@ -3,6 +3,7 @@
 SGLang's own loops over the requests in Python, in every layer. Here what depends on the batch alone (which cache
 rows, which mask) is prepared once a step; a layer then gathers K and V of many requests at once and makes one call
 of scaled dot product attention, with the query heads of a KV head as rows of one query, so that no head is copied.
+While a batch decodes on unchanged, what was gathered stays, and a step adds one row to each request.
 
 It is registered in SGLang's registry under the name that SGLang knows for a backend without kernels of its own:
 everything else that SGLang decides by that name (no Triton, no graphs) holds here too.
@@ -10,9 +11,7 @@ everything else that SGLang decides by that name (no Triton, no graphs) holds he
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,145 +22,12 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from harli_appliance.runtime.attention_plan import DecodePlan, ExtendRequest, plan_decode, plan_extend
+from harli_appliance.runtime.attention_resident import Gather, Read, Reads, ResidentKV
+
 NAME = "torch_native"
-
-PADDED_TO_REAL = 1.5
-"""Requests decode together while the rows gathered, padding included, stay below this multiple of the real."""
-CHEAP_PADDING = 2**16
-"""Padding of this many numbers costs no more than another group would."""
-CACHED_NUMBERS = 2**19
-"""K of a group has at most this many numbers (2 MiB in float32), to be in the core's cache still when read."""
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeGroup:
-    """Requests of similar length that decode in one call.
-
-    Attributes:
-        begin, end: their range in the order of the plan.
-        rows: cache rows, int32 of shape [(end - begin) * length]; padding repeats a request's first row.
-        mask: 0 or -inf, shape [end - begin, 1, 1, length]; None without padding.
-    """
-
-    begin: int
-    end: int
-    length: int
-    rows: Tensor
-    mask: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class DecodePlan:
-    """A decode step for one window size; `order` sorts the batch by length, None when one group holds it all."""
-
-    groups: tuple[DecodeGroup, ...]
-    order: Tensor | None = None
-    inverse: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ExtendRequest:
-    """New tokens of one prompt.
-
-    Attributes:
-        begin, end: their range among the batch's tokens.
-        rows: cache rows that they see, earlier ones first; None when they see nothing but themselves.
-        mask: 0 or -inf, shape [end - begin, keys]; None when plain causal attention says it.
-    """
-
-    begin: int
-    end: int
-    rows: Tensor | None
-    mask: Tensor | None
-
-
-def plan_decode(
-    table: Tensor, requests: Tensor, lengths: Sequence[int], *, window: int, width: int, dtype: torch.dtype
-) -> DecodePlan:
-    """Group a batch's requests and find their cache rows.
-
-    Args:
-        table: cache row of every request's every position, int32 [requests, positions].
-        requests: the batch's lines in `table`, [batch].
-        lengths: tokens of each request, the new one included.
-        window: earlier tokens that the new one sees; -1 for all.
-        width: numbers in a cache row of K.
-    """
-    seen = [length if window < 0 else min(length, window + 1) for length in lengths]
-    order = sorted(range(len(seen)), key=seen.__getitem__, reverse=True)
-    bounds = _group_bounds([seen[i] for i in order], width)
-    if len(bounds) == 2:
-        order = list(range(len(seen)))
-    sizes = torch.tensor([seen[i] for i in order])
-    first = torch.tensor([lengths[i] - seen[i] for i in order])
-    position = torch.tensor(order)
-    line = requests.long()[position]
-    groups = []
-    for begin, end in itertools.pairwise(bounds):
-        size, start = sizes[begin:end, None], first[begin:end, None]
-        length = int(size.max())
-        column = torch.arange(length).expand(end - begin, length)
-        padding = column >= size
-        rows = table[line[begin:end, None], start + column.masked_fill(padding, 0)]
-        mask = None
-        if padding.any():
-            mask = torch.zeros(end - begin, 1, 1, length, dtype=dtype)
-            mask.masked_fill_(padding[:, None, None], float("-inf"))
-        groups.append(DecodeGroup(begin, end, length, rows.reshape(-1), mask))
-    if len(groups) == 1:
-        return DecodePlan(tuple(groups))
-    return DecodePlan(tuple(groups), position, torch.argsort(position))
-
-
-def _group_bounds(lengths: Sequence[int], width: int) -> list[int]:
-    """Where groups begin, and the end, for lengths sorted from the longest."""
-    bounds, real = [0], 0
-    for at, length in enumerate(lengths):
-        begin = bounds[-1]
-        longest, members = lengths[begin], at - begin + 1
-        padded, wanted = members * longest, real + length
-        wasteful = padded > PADDED_TO_REAL * wanted and (padded - wanted) * width > CHEAP_PADDING
-        if at > begin and (wasteful or padded * width > CACHED_NUMBERS):
-            bounds.append(at)
-            real = 0
-        real += length
-    return [*bounds, len(lengths)]
-
-
-def plan_extend(
-    table: Tensor,
-    requests: Sequence[int],
-    prefixes: Sequence[int],
-    extents: Sequence[int],
-    *,
-    window: int,
-    masked: bool,
-    dtype: torch.dtype,
-) -> tuple[ExtendRequest, ...]:
-    """Find what each prompt's new tokens see.
-
-    Args:
-        prefixes: tokens of each request that are in the cache already.
-        extents: its new tokens, which are consecutive in the batch.
-        window: earlier tokens that a token sees; -1 for all.
-        masked: whether a mask is wanted even for plain causal attention.
-    """
-    plan, begin = [], 0
-    for line, prefix, extent in zip(requests, prefixes, extents, strict=True):
-        first = 0 if window < 0 else max(0, prefix - window)
-        keys = torch.arange(first, prefix + extent)
-        limited = 0 <= window < extent - 1
-        mask = None
-        if masked or limited or first < prefix:
-            position = torch.arange(prefix, prefix + extent)[:, None]
-            hidden = keys > position
-            if window >= 0:
-                hidden |= keys < position - window
-            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
-        rows = table[line, first : prefix + extent] if first < prefix else None
-        plan.append(ExtendRequest(begin, begin + extent, rows, mask))
-        begin += extent
-    return tuple(plan)
+RESIDENT_BYTES = 2**28
+"""Memory for rows that stay gathered from step to step; what does not fit is gathered in every step."""
 
 
 def attend(
@@ -194,12 +60,26 @@ class Workspace:
         return out_k, out_v
 
 
+def _gathered(plan: DecodePlan, gather: Gather) -> Reads:
+    def parts() -> Iterator[Read]:  # one at a time: they share the workspace
+        for group in plan.groups:
+            k, v = (
+                rows.view(group.end - group.begin, group.length, *rows.shape[1:]).transpose(1, 2)
+                for rows in gather(group.rows)
+            )
+            yield Read(group.begin, group.end, k, v, group.mask)
+
+    return Reads(parts(), plan)
+
+
 class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLang is untyped here
     """Decoder self-attention, with sliding windows and capped logits; the rest is inherited."""
 
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
         self._workspace = Workspace()
+        self._resident = ResidentKV(RESIDENT_BYTES)
+        self._lengths: list[int] = []
         self._decode: dict[int, DecodePlan] = {}
         self._extend: dict[tuple[int, bool], tuple[ExtendRequest, ...]] = {}
 
@@ -208,6 +88,11 @@ class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLa
         # Plans are made by the first layer of each kind, which knows its window, and serve the others.
         self._decode.clear()
         self._extend.clear()
+        if forward_batch.forward_mode.is_decode():
+            self._lengths = forward_batch.seq_lens.tolist()
+            self._resident.follow(forward_batch.req_pool_indices.tolist(), self._lengths)
+        else:
+            self._resident.forget()
 
     def _inherits(self, q: Tensor, k: Tensor | None, layer: Any) -> bool:
         """Whether a layer is one of those that are left to SGLang's own implementation."""
@@ -237,20 +122,29 @@ class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLa
             inherited: Tensor = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
             return inherited
         keys, values = self._cache(k, v, layer, forward_batch, save=save_kv_cache)
-        plan = self._decode_plan(layer.sliding_window_size, keys, forward_batch)
         heads, size = layer.tp_k_head_num, layer.qk_head_dim
+        window = layer.sliding_window_size
+        if window + 1 >= max(self._lengths):
+            window = -1  # it hides nothing yet
+
+        def plan() -> DecodePlan:
+            return self._decode_plan(window, keys, forward_batch)
+
+        def gather(rows: Tensor) -> tuple[Tensor, Tensor]:
+            return self._workspace.gather(keys, values, rows)
+
+        held = self._resident.layer(layer.layer_id, k, v, plan, gather) if window < 0 else None
+        reads = held if held is not None else _gathered(plan(), gather)
+        order, inverse = reads.plan.order, reads.plan.inverse
         q = q.reshape(-1, heads, layer.tp_q_head_num // heads, size)
-        if plan.order is not None:
-            q = q[plan.order]
+        if order is not None:
+            q = q[order]
         parts = []
-        for group in plan.groups:
-            wanted = (group.end - group.begin, group.length, heads, size)
-            gathered = self._workspace.gather(keys, values, group.rows)
-            group_k, group_v = (part.view(wanted).transpose(1, 2) for part in gathered)
-            part = q[group.begin : group.end]
-            out = attend(part, group_k, group_v, group.mask, scale=layer.scaling, cap=layer.logit_cap)
+        for read in reads.parts:
+            part = q[read.begin : read.end]
+            out = attend(part, read.k, read.v, read.mask, scale=layer.scaling, cap=layer.logit_cap)
             parts.append(out.reshape(len(part), -1))
-        return parts[0] if plan.inverse is None else torch.cat(parts)[plan.inverse]
+        return parts[0] if inverse is None else torch.cat(parts)[inverse]
 
     def _decode_plan(self, window: int, keys: Tensor, forward_batch: Any) -> DecodePlan:
         plan = self._decode.get(window)
@@ -258,7 +152,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLa
             plan = self._decode[window] = plan_decode(
                 self.req_to_token_pool.req_to_token,
                 forward_batch.req_pool_indices,
-                forward_batch.seq_lens.tolist(),
+                self._lengths,
                 window=window,
                 width=keys[0].numel(),
                 dtype=keys.dtype,
