@@ -235,6 +235,28 @@ def test_logprobs_are_log_softmax_of_the_models_logits(
             assert [p for _, p in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
+# -- choices ---------------------------------------------------------------------------------------------
+
+
+def test_choices_share_the_work_of_their_prompt(serving: Serving) -> None:
+    """Eight choices of one prompt, submitted in one tick, as the appliance does."""
+    ids = prompt(707, 150)
+
+    def run() -> tuple[int, int]:
+        for choice in range(8):
+            sampling = Sampling(4, temperature=1.0, seed=choice, ignore_eos=True)
+            serving.runtime.submit(Submission(f"choice-{choice}", ids, sampling))
+        computed, ended = 0, 0
+        while (plan := serving.runtime.plan()) is not None:
+            computed += plan.prefill_tokens
+            ended += sum(item.finish == "length" for item in serving.runtime.execute(plan).tokens)
+        return computed, ended
+
+    computed, ended = serving.lane.submit(run).result()
+    assert ended == 8
+    assert computed <= 2 * len(ids)
+
+
 # -- refusals --------------------------------------------------------------------------------------------
 
 
