@@ -72,8 +72,8 @@ def _configure_logging(settings: Settings) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    # SGLang tries every model it knows and names those whose kernels are missing; ours are not among them.
-    logging.getLogger("sglang.srt.models.registry").setLevel(logging.ERROR)
+    # While it starts, SGLang warns of what a CPU does not have; once it serves, its warnings matter.
+    logging.getLogger("sglang").setLevel(logging.ERROR)
 
 
 def _limit_threads() -> None:
@@ -111,6 +111,7 @@ async def _serve(settings: Settings) -> int:
                 log.info("stopped while loading")
                 os._exit(0)
             await starting
+            logging.getLogger("sglang").setLevel(logging.WARNING)
             print(json.dumps({"event": "ready", "url": listener.url}), flush=True)
             log.info("ready", url=listener.url)
             await stopped

@@ -43,6 +43,7 @@ def install() -> None:
     _define_sgl_kernel_names()
     # SGLang says at import that AWQ and GGUF kernels are for GPUs; nobody asked for them here.
     warnings.filterwarnings("ignore", message="Only CUDA.*support (AWQ|GGUF)")
+    warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
 
 
 def _define_torchvision_names() -> None:
