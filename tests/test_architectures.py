@@ -12,8 +12,11 @@ import openai
 import pytest
 from transformers import GraniteConfig
 
+from harli_appliance.errors import ConfigError
 from harli_appliance.models.architectures import FINETUNABLE
+from harli_appliance.runtime.weights import shared_model
 from tests.architectures import COMMON, CONFIGS, make
+from tests.conftest import Serving
 from tests.test_appliance import ask, finetune, running
 from tests.test_coserving import lesson  # noqa: F401  a fixture
 
@@ -60,6 +63,14 @@ class TestArchitecture:
 
     def test_every_slot_is_free_at_the_end(self, findings: Findings, name: str) -> None:
         assert findings[name]["slots_serving"] == 0
+
+
+def test_a_model_that_sglang_does_not_load_whole_is_refused(serving: Serving, tmp_path: Path) -> None:
+    """SGLang serves a Llama with biases in its MLP as if it had none."""
+    config = json.loads((serving.folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "mlp_bias": True}))
+    with pytest.raises(ConfigError, match=r"leaves model\.layers\.0\.mlp\.gate_proj\.bias"):
+        shared_model(serving.runtime.model, tmp_path)
 
 
 def test_an_architecture_outside_the_list_is_served_and_refused_for_finetuning_by_name(

@@ -367,7 +367,6 @@ def test_a_folder_is_itself(tmp_path: Path, settings: Settings, name: str) -> No
     [
         ({"architectures": ["LlamaForCausalLM"], "intermediate_size": 1536}, None),
         ({"architectures": ["GraniteForCausalLM"]}, "GraniteForCausalLM can be served but not finetuned"),
-        ({"architectures": ["LlamaForCausalLM"], "mlp_bias": True}, "mlp_bias"),
         ({"architectures": ["LlamaForCausalLM"], "intermediate_size": 1000}, "intermediate_size 1000"),
         ({"architectures": ["Qwen2ForCausalLM"], "quantization_config": {"bits": 4}}, "quantized"),
     ],

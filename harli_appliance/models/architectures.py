@@ -45,8 +45,6 @@ def finetuning_obstacle(config: Mapping[str, Any]) -> str | None:
         return f"{name} can be served but not finetuned; finetuning knows {', '.join(sorted(FINETUNABLE))}"
     if config.get("quantization_config"):
         return f"this {name} is quantized and can be served but not finetuned; use its unquantized weights"
-    if config.get("mlp_bias"):
-        return f"this {name} has mlp_bias, which SGLang leaves out; it can be served but not finetuned"
     inner = int(config.get("intermediate_size", 0))
     if inner % INNER_GRAIN:
         return (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from harli_appliance.errors import UsageError
+from harli_appliance.errors import ConfigError, UsageError
 from harli_appliance.models.architectures import finetuning_obstacle
 
 
@@ -31,6 +31,7 @@ def shared_model(sglang_model: nn.Module, folder: Path) -> Any:
 
     Raises:
         UsageError: the model is not one that can be finetuned; the message says why.
+        ConfigError: SGLang has left out a parameter of the model, so that what it serves would be wrong.
     """
     config = AutoConfig.from_pretrained(folder)
     if (obstacle := finetuning_obstacle(config.to_dict())) is not None:
@@ -83,10 +84,19 @@ class _Locator:
         projection = name.split(".")[-2]
         if projection in self._fused:
             fused, start, length = self._fused[projection]
-            return self._source[name.replace(projection, fused)].narrow(0, start, length)
-        found = self._source[name]
+            return self._find(name.replace(projection, fused), name).narrow(0, start, length)
+        found = self._find(name, name)
         if projection in ("embed_tokens", "lm_head"):  # SGLang pads the vocabulary to a multiple of 64
             return found.narrow(0, 0, self._vocabulary)
+        return found
+
+    def _find(self, source: str, name: str) -> Tensor:
+        found = self._source.get(source)
+        if found is None:
+            raise ConfigError(
+                f"SGLang leaves {name} of this model out, so that its answers would be wrong; use another model",
+                param="model",
+            )
         return found
 
 
