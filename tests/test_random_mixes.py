@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from tests.test_runtime import greedy, prompt
 
 MIXES = 100
 """On each of two models."""
-LONG = Ask(tick=0, length=60, stem=0, share=0.0, seed=1, count=12, adapter=None, abort=None)
+ONCE = Ask(tick=0, length=60, stem=0, share=0.0, seed=1, count=12, adapter=None, abort=None)
+AGAIN = dataclasses.replace(ONCE, tick=20)
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +81,12 @@ def test_random_mixes_on_qwen3(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_a_disturbed_cache_row_is_noticed(serving: Serving, bench: Bench) -> None:
     def disturb(tick: int) -> None:
-        if tick == 3:  # the prompt is in the cache, answers are being decoded
+        if tick == AGAIN.tick:  # the first answer is complete, and its prompt is in the prefix cache
             for buffer in serving.slots.k_buffers:
                 buffer.add_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(0)))
 
     def run() -> list[str]:
-        wrong = bench.judge.wrong(bench.serve([LONG], disturb))
+        wrong = bench.judge.wrong(bench.serve([ONCE, AGAIN], disturb))
         counts = serving.slots.counts()
         taken = serving.slots.take(counts.free + counts.cached, evict=True)  # forget what was disturbed
         assert taken is not None

@@ -47,11 +47,9 @@ class Backbone:
         self.kv_width = self.kv_heads * self.head_size
         self.vocabulary = int(config.vocab_size)
         self._layer_types = _layer_types(config)
-        window = getattr(config, "sliding_window", None)
-        self.windows = tuple(int(window) if kind == SLIDING else None for kind in self._layer_types)
-        self._rotary_by_type = FULL in (config.rope_parameters or {}) or SLIDING in (
-            config.rope_parameters or {}
-        )
+        window: int | None = getattr(config, "sliding_window", None)
+        self.windows = tuple(window if kind == SLIDING else None for kind in self._layer_types)
+        self._rotary_by_type = not {FULL, SLIDING}.isdisjoint(config.rope_parameters or ())
         self._adds_mask = config._attn_implementation == "eager"
         self._logit_cap = getattr(config, "final_logit_softcapping", None)
 
