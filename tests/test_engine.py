@@ -188,6 +188,14 @@ async def test_a_request_that_the_runtime_refuses_fails_alone(rig: Rig) -> None:
     assert await good == [0, 1, 2, 3, 4]
 
 
+async def test_what_cannot_be_served_as_asked_is_refused_before_it_is_queued(rig: Rig) -> None:
+    engine, runtime, _ = rig
+    with pytest.raises(UsageError, match="no such token"):
+        engine.submit(Submission("bad", [1, 2000], Sampling()))
+    assert engine.slo.requests == 0
+    assert not runtime.live
+
+
 async def test_an_aborted_request_ends_quietly(rig: Rig) -> None:
     engine, runtime, _ = rig
     stream = engine.submit(ask("leaving", 10_000_000))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from concurrent.futures import Future
 from enum import Enum
 from typing import Annotated, Any, Literal
@@ -131,11 +130,11 @@ def test_a_request_that_waits_for_its_grammar_is_counted_and_holds_nobody_up(
         runtime.submit(Submission("free", prompt(821, 10), Sampling(6, ignore_eos=True)))
         assert runtime.depth().waiting == 2
         assert serving.slots.demand() >= 10 + 20 + 10 + 6
-        finished, waits = [], []
+        # How long each plan may wait for the compiler while others decode.
+        assert runtime.scheduler.grammar_manager.SGLANG_GRAMMAR_POLL_INTERVAL <= 0.001
+        finished = []
         for _ in range(6):
-            started = time.perf_counter()
             plan = runtime.plan()
-            waits.append(time.perf_counter() - started)
             assert plan is not None
             assert plan.requests == ("free",)
             finished += [item.finish for item in runtime.execute(plan).tokens]

@@ -64,6 +64,11 @@ def test_the_ends_of_the_range_of_seeds_work_and_differ(serving: Serving) -> Non
     assert len(answers) == 4
 
 
+def test_a_seed_is_drawn_from_anew_at_every_position(serving: Serving) -> None:
+    answer = ask(serving, Sampling(max_tokens=40, temperature=1e4, seed=11, ignore_eos=True))
+    assert len(set(answer)) > 20, "all tokens are as good as equally likely"
+
+
 def test_without_a_seed_answers_differ_whatever_torch_is_seeded_with(serving: Serving) -> None:
     answers = []
     for _ in range(2):
@@ -89,9 +94,10 @@ def top_p_set(probs: Tensor, top_p: float) -> set[int]:
         ({}, 0.4, lambda p: set(range(len(p)))),
         ({"top_k": 3}, 1.0, lambda p: set(p.topk(3).indices.tolist())),
         ({"top_p": 0.3}, 1.0, lambda p: top_p_set(p, 0.3)),
+        ({"top_p": 0.97}, 40.0, lambda p: top_p_set(p, 0.97)),  # nearly flat: most of the vocabulary
         ({"min_p": 0.4}, 1.0, lambda p: set((p >= 0.4 * p.max()).nonzero()[:, 0].tolist())),
     ],
-    ids=["plain", "temperature", "top-k", "top-p", "min-p"],
+    ids=["plain", "temperature", "top-k", "top-p", "long-tail", "min-p"],
 )
 def test_tokens_are_drawn_from_the_distribution_that_was_asked_for(
     serving: Serving,
@@ -116,6 +122,9 @@ def test_tokens_are_drawn_from_the_distribution_that_was_asked_for(
     for token, p in zip(allowed.tolist(), kept.tolist(), strict=True):
         deviation = math.sqrt(DRAWS * p * (1 - p)) + 1
         assert abs(drawn[token] - DRAWS * p) < 5 * deviation
+    rare = allowed[kept.argsort()[: len(kept) // 4]].tolist()
+    share = float(probs[rare].sum() / probs[allowed].sum())
+    assert abs(sum(drawn[token] for token in rare) - DRAWS * share) < 5 * math.sqrt(DRAWS * share) + 1
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 NAME = "pytorch"
 """SGLang chooses this one on a CPU whatever it is told; the registry is asked before its own is built."""
+FEW = 256
 
 # Read from the environment when that module is imported: log-probabilities before temperature.
 base.SGLANG_RETURN_ORIGINAL_LOGPROB = True
@@ -47,19 +48,12 @@ class RequestSampler(base.Sampler):  # type: ignore[misc]  # SGLang is untyped h
     def _sample_from_probs(
         self, probs: Tensor, sampling_info: SamplingBatchInfo, positions: Tensor, simple_sampling_case: bool
     ) -> tuple[Tensor, None]:
-        """One token for each row of `probs` [requests, vocabulary]; int32 ids of shape [requests]."""
-        tokens = None
-        weights = probs
+        """One token for each row of `probs` [requests, vocabulary], which is overwritten; int32 ids."""
         if not simple_sampling_case:
-            weights, tokens = _eligible(probs, sampling_info)
-        drawn = torch.multinomial(weights, 1, generator=self._own_generator(probs.device)).view(-1)
+            _exclude(probs, sampling_info)
+        drawn = torch.multinomial(probs, 1, generator=self._own_generator(probs.device)).view(-1)
         for row, seed, index in self._seeded:
-            noise = _noise(seed, index, probs.shape[1]).to(probs.device)
-            if tokens is not None:
-                noise = noise[tokens[row]]
-            drawn[row] = torch.argmax(weights[row] / noise)
-        if tokens is not None:
-            drawn = tokens.gather(1, drawn.view(-1, 1)).view(-1)
+            drawn[row] = torch.argmax(probs[row] / _noise(seed, index, probs.shape[1]).to(probs.device))
         return drawn.to(torch.int32), None
 
     def _own_generator(self, device: torch.device) -> torch.Generator:
@@ -69,15 +63,27 @@ class RequestSampler(base.Sampler):  # type: ignore[misc]  # SGLang is untyped h
         return self._generator
 
 
-def _eligible(probs: Tensor, info: SamplingBatchInfo) -> tuple[Tensor, Tensor]:
-    """Probabilities in descending order, zero where top-k, top-p or min-p exclude them, and their token ids."""
-    ordered, tokens = probs.sort(dim=-1, descending=True)
-    rank = torch.arange(probs.shape[1], device=probs.device)
-    excluded = rank >= info.top_ks.view(-1, 1)
-    excluded |= ordered.cumsum(-1) - ordered > info.top_ps.view(-1, 1)
-    if info.need_min_p_sampling:
-        excluded |= ordered < ordered[:, :1] * info.min_ps.view(-1, 1)
-    return ordered.masked_fill_(excluded, 0.0), tokens
+def _exclude(probs: Tensor, info: SamplingBatchInfo) -> None:
+    """Set to zero, in place, what top-k, top-p and min-p exclude.
+
+    All three keep a beginning of the tokens in descending order. It is short as a rule, and finding the `FEW`
+    likeliest of 49,152 tokens takes a thirtieth of the time of sorting them.
+    """
+    vocabulary = probs.shape[1]
+    limits = torch.stack([info.top_ks.to(torch.float64), info.top_ps.double(), info.min_ps.double()], 1)
+    limited = (limits[:, 0] < vocabulary) | (limits[:, 1] < 1.0) | (limits[:, 2] > 0.0)
+    rows = limited.nonzero()[:, 0]
+    top_k, top_p, min_p = limits[rows].unsqueeze(-1).unbind(1)
+    candidates = probs[rows]
+    for count in (min(FEW, vocabulary), vocabulary):
+        ordered, tokens = candidates.topk(count)
+        excluded = torch.arange(count, device=probs.device) >= top_k
+        excluded |= ordered.cumsum(-1) - ordered > top_p
+        excluded |= ordered < ordered[:, :1] * min_p
+        if excluded[:, -1].all():
+            break  # and so are all that are less likely
+    kept = ordered.masked_fill_(excluded, 0.0)
+    probs[rows] = torch.zeros_like(candidates).scatter_(1, tokens, kept)
 
 
 def _noise(seed: int, index: int, vocabulary: int) -> Tensor:
