@@ -39,10 +39,7 @@ class Process:
 
     child: subprocess.Popen[str]
     url: str
-
-    @property
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+    client: openai.OpenAI
 
     def kill(self) -> None:
         self.child.kill()
@@ -71,7 +68,9 @@ def running(home: Path, model: Path, **settings: str) -> Iterator[Process]:
         assert line, Path(log.name).read_text()[-3000:]
         ready = json.loads(line)
         assert ready["event"] == "ready"
-        yield Process(child, ready["url"])
+        client = openai.OpenAI(base_url=f"{ready['url']}/v1", api_key="none", max_retries=0, timeout=120)
+        with client:
+            yield Process(child, ready["url"], client)
     finally:
         if child.poll() is None:
             child.send_signal(signal.SIGTERM)
