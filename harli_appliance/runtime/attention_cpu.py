@@ -26,8 +26,8 @@ from harli_appliance.runtime.attention_plan import DecodePlan, ExtendRequest, pl
 from harli_appliance.runtime.attention_resident import Gather, Read, Reads, ResidentKV
 
 NAME = "torch_native"
-RESIDENT_BYTES = 2**28
-"""Memory for rows that stay gathered from step to step; what does not fit is gathered in every step."""
+RESIDENT_SHARE, RESIDENT_LEAST = 0.5, 2**26
+"""Rows that stay gathered from step to step may take this share of the cache's size, beside it, or these bytes."""
 
 
 def attend(
@@ -78,7 +78,8 @@ class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLa
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
         self._workspace = Workspace()
-        self._resident = ResidentKV(RESIDENT_BYTES)
+        cache = sum(self.token_to_kv_pool.get_kv_size_bytes())
+        self._resident = ResidentKV(max(RESIDENT_LEAST, int(RESIDENT_SHARE * cache)))
         self._lengths: list[int] = []
         self._decode: dict[int, DecodePlan] = {}
         self._extend: dict[tuple[int, bool], tuple[ExtendRequest, ...]] = {}

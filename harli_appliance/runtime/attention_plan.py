@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PADDED_TO_REAL = 1.5
+PADDED_TO_REAL = 1.25
 """Requests decode together while the rows gathered, padding included, stay below this multiple of the real."""
 CHEAP_PADDING = 2**16
 """Padding of this many numbers costs no more than another group would."""

@@ -18,6 +18,7 @@ from harli_appliance.runtime.attention_plan import DecodeGroup, DecodePlan
 
 ROOM = 64
 """Tokens that requests may grow by before their rows are gathered again."""
+ALIGNMENT = 64
 
 Gather = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Cache rows to K and V, [rows, heads, d] each."""
@@ -105,7 +106,8 @@ class ResidentKV:
     def __init__(self, budget: int) -> None:
         self._budget = budget
         # Kept when a batch ends: fresh pages from the operating system cost more than the copying.
-        self._arenas: dict[int, Tensor] = {}
+        self._memory: Tensor | None = None
+        self._taken = 0
         self._lines: list[int] = []
         self._lengths: list[int] = []
         self._steady = False
@@ -156,6 +158,7 @@ class ResidentKV:
         return Reads(parts, batch.plan)
 
     def _begin(self, plan: DecodePlan) -> _Batch:
+        self._taken = 0
         order = plan.order.tolist() if plan.order is not None else range(len(self._lengths))
         lengths = [self._lengths[at] for at in order]
         return _Batch(plan, tuple(_Group(group, lengths[group.begin : group.end]) for group in plan.groups))
@@ -169,7 +172,7 @@ class ResidentKV:
             heads, size = found[0].shape[1:]
             if arena is None:
                 numbers = 2 * heads * size * sum(each.members * each.capacity for each in batch.groups)
-                arena = self._arena(layer, numbers, found[0].dtype)
+                arena = self._take(numbers, found[0].dtype)
                 if arena is None:
                     return False
             shape = (group.members, heads, group.capacity, size)
@@ -186,16 +189,15 @@ class ResidentKV:
         batch.layers[layer] = tuple(tensors)
         return True
 
-    def _arena(self, layer: int, numbers: int, dtype: torch.dtype) -> Tensor | None:
-        arena = self._arenas.get(layer)
-        if arena is not None and arena.dtype == dtype and len(arena) >= numbers:
-            return arena
-        others = sum(each.nbytes for at, each in self._arenas.items() if at != layer)
-        room = (self._budget - others) // dtype.itemsize
-        if numbers > room:
+    def _take(self, numbers: int, dtype: torch.dtype) -> Tensor | None:
+        """Memory that is this batch's until it ends; pages are touched, and then kept, as they are needed."""
+        begin, end = self._taken, self._taken + numbers * dtype.itemsize
+        if end > self._budget:
             return None
-        arena = self._arenas[layer] = torch.empty(min(numbers * 3 // 2, room), dtype=dtype)
-        return arena
+        if self._memory is None:
+            self._memory = torch.empty(self._budget, dtype=torch.uint8)
+        self._taken = -(-end // ALIGNMENT) * ALIGNMENT
+        return self._memory[begin:end].view(dtype)
 
     def _add(self, batch: _Batch, layer: int, k: Tensor, v: Tensor) -> None:
         requests = len(self._lines)
