@@ -210,7 +210,7 @@ class Appliance:
             finish_job=self._finish_job,
             lane=self._training,
             memory_lane=self._inference,
-            on_ready=lambda: self._engine.wake(),
+            on_change=lambda: self._engine.wake(),
             on_step=lambda loss: self._engine.telemetry.loss(loss),
         )
         self._engine = Engine(

@@ -48,7 +48,10 @@ class ModelSettings(Section):
     )
     served_name: str | None = Field(None, description="Name in the API; the folder's name when not set.")
     context_length: int | None = Field(
-        None, ge=16, description="Longest prompt plus answer in tokens; the model's own when not set."
+        None,
+        ge=16,
+        description="Longest prompt plus answer in tokens; when not set the model's own, "
+        "or its attention window if SGLang does not apply that.",
     )
     chunked_prefill_tokens: int = Field(
         128, ge=16, description="A prompt is processed at most this many tokens a step."

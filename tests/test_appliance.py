@@ -162,7 +162,7 @@ def test_a_job_becomes_a_model_that_answers_as_taught(process: Process, lesson: 
     (folder,) = (home / "adapters").iterdir()
     client.post("/load_lora_adapter", body={"lora_name": "copy", "lora_path": str(folder)}, cast_to=object)
     assert ask(client, "copy", 30) == ask(client, name, 30)
-    with pytest.raises(openai.BadRequestError, match="other.*cannot be read"):
+    with pytest.raises(openai.BadRequestError, match=r"other.*cannot be read"):
         client.post(
             "/load_lora_adapter", body={"lora_name": "other", "lora_path": "/nowhere"}, cast_to=object
         )

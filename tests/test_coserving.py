@@ -158,7 +158,7 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
 
         trainer = Trainer(
             queue, pool, start_job=start, finish_job=finish, lane=lane, memory_lane=serving.lane,
-            on_ready=lambda: engine.wake(),
+            on_change=lambda: engine.wake(),
         )  # fmt: skip
         engine = Engine(
             serving.runtime, pool, Scheduler(Predictor(), policy), trainer, SloTracker(1e6, 1e6), serving.lane,
@@ -258,24 +258,24 @@ async def test_a_burst_takes_leased_slots_back_and_training_repeats_itself(
     undisturbed = await rig(job=a_job("ftjob-calm", epochs=3), watermark=0.0)
     await asyncio.wait_for(undisturbed.queue.ended.wait(), 120)
     made = await rig(job=a_job("ftjob-storm", epochs=3), watermark=0.0)
-    burst = 0
-    while not made.queue.ended.is_set():
+    for burst in range(3):
         trained = made.trainer.state().tokens
-        while made.trainer.state().tokens == trained and not made.queue.ended.is_set():  # noqa: ASYNC110
-            await asyncio.sleep(0.002)  # a burst must find training in the middle of something
-        batch = [prompt(1000 + 10 * burst + i, 300) for i in range(6)]
-        answers = await asyncio.wait_for(
-            asyncio.gather(*(made.answer(f"burst-{burst}-{i}", ids, 380) for i, ids in enumerate(batch))), 120
+        while made.trainer.state().tokens == trained:  # noqa: ASYNC110  a burst must find training in the middle
+            await asyncio.sleep(0.002)
+        batch = [prompt(1000 + 10 * burst + i, 600) for i in range(6)]
+        answers = await asyncio.gather(
+            *(made.answer(f"burst-{burst}-{i}", ids, 75) for i, ids in enumerate(batch))
         )
         for ids, tokens in zip(batch, answers, strict=True):
-            assert len(tokens) == 380
+            assert len(tokens) == 75
             assert explained(reference, ids, tokens)
-        burst += 1
+    await asyncio.wait_for(made.queue.ended.wait(), 120)
     assert undisturbed.queue.outcome == made.queue.outcome == "succeeded"
     assert made.pool.use().reclaims > 0, "the bursts must have needed leased slots"
     assert made.trainer.state().dropped_micro_batches > 0
     assert made.queue.losses == undisturbed.queue.losses
-    assert made.pool.use().leased == 0
+    await asyncio.sleep(0.1)
+    assert made.engine.state().pool.leased == 0, "the slots of an ended job are back though nothing is served"
 
 
 async def test_cancelling_lets_go_of_everything(rig: RigFactory, serving: Serving) -> None:

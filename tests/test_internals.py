@@ -9,7 +9,6 @@ import pytest
 from harli_appliance.errors import ApplianceUnavailable
 from harli_appliance.runtime import internals
 
-
 pytestmark = pytest.mark.filterwarnings("ignore")  # importing SGLang warns of its own affairs
 
 
@@ -26,7 +25,7 @@ def test_the_installed_sglang_has_everything() -> None:
     ],
 )
 def test_what_is_missing_is_named(name: str) -> None:
-    with pytest.raises(ApplianceUnavailable, match="no_such|NoSuch") as refusal:
+    with pytest.raises(ApplianceUnavailable, match=r"no_such|NoSuch") as refusal:
         internals.check((*internals.RELIED_ON, name))
     assert "make setup" in refusal.value.message
 

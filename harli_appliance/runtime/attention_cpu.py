@@ -197,7 +197,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLa
         return out
 
     def _extend_plan(self, layer: Any, dtype: torch.dtype, forward_batch: Any) -> tuple[ExtendRequest, ...]:
-        key = (layer.sliding_window_size, layer.logit_cap > 0.0)
+        key = (layer.sliding_window_size, (layer.logit_cap or 0.0) > 0.0)
         plan = self._extend.get(key)
         if plan is None:
             window, masked = key

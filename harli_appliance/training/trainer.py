@@ -73,7 +73,7 @@ class Trainer:
         start_job: builds the run of a job (adapter, data, optimizer); called on the training lane.
         finish_job: takes over the finished adapter (serving it, recording it) and ends the job.
         memory_lane: the inference lane, on which the pool may be asked for slots.
-        on_ready: called when training begins to have work, so that an idle engine wakes up.
+        on_change: called when training begins or ceases to have work, so that an idle engine looks again.
         on_step: called with the loss of every optimizer step.
     """
 
@@ -86,7 +86,7 @@ class Trainer:
         finish_job: Callable[[Job, JobRun], Awaitable[None]],
         lane: UnitLane,
         memory_lane: UnitLane,
-        on_ready: Callable[[], None],
+        on_change: Callable[[], None],
         on_step: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._queue = queue
@@ -96,7 +96,7 @@ class Trainer:
         self._home = lane
         self._lane = lane
         self._memory_lane = memory_lane
-        self._on_ready = on_ready
+        self._on_change = on_change
         self._on_step = on_step
         self._allowance = 0
         self._ready = False
@@ -246,9 +246,9 @@ class Trainer:
             raise Cancelled
 
     def _set_ready(self, ready: bool) -> None:
-        became = ready and not self._ready
+        changed = ready != self._ready
         self._ready = ready
         if not ready and self._spent is not None and not self._spent.done():
             self._spent.set_result(None)
-        if became:
-            self._on_ready()
+        if changed:
+            self._on_change()
