@@ -143,7 +143,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLa
         parts = []
         for read in reads.parts:
             part = q[read.begin : read.end]
-            out = attend(part, read.k, read.v, read.mask, scale=layer.scaling, cap=layer.logit_cap)
+            out = attend(part, read.k, read.v, read.mask, scale=layer.scaling, cap=layer.logit_cap or 0.0)
             parts.append(out.reshape(len(part), -1))
         return parts[0] if inverse is None else torch.cat(parts)[inverse]
 
@@ -190,7 +190,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLa
                 request_v,
                 request.mask,
                 scale=layer.scaling,
-                cap=layer.logit_cap,
+                cap=layer.logit_cap or 0.0,
                 causal=request.mask is None,
             )
             grouped_out[here] = attended.permute(2, 0, 1, 3)

@@ -1,0 +1,206 @@
+"""``harli bench runtime``: what the appliance adds to SGLang's step, and what its parts are worth, against goals.
+
+Each model is measured in a process of its own (`runtime_child`); this one knows the goals, prints the table and
+writes ``runtime.json``. Imports neither torch nor SGLang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from harli_appliance import __version__
+from harli_appliance.bench.machine import describe_machine
+from harli_appliance.bench.progress import Narrator
+from harli_appliance.config import Settings, load_settings
+from harli_appliance.errors import ConfigError, HarliError
+from harli_appliance.models.catalog import resolve_model
+
+MODEL = "smollm2-135m-instruct"
+CHILD = (sys.executable, "-m", "harli_appliance.bench.runtime_child")
+SHOWN_LINES = 20
+"""Of the log of a measurement that failed."""
+
+Found = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A number of the report and what it should be."""
+
+    key: str
+    title: str
+    limit: float
+    at_least: bool = False
+
+    def met(self, value: float) -> bool:
+        return value >= self.limit if self.at_least else value <= self.limit
+
+    @property
+    def wanted(self) -> str:
+        return f"{'at least' if self.at_least else 'at most'} {self.limit:g}"
+
+
+GOALS = (
+    Goal("overhead_ms_p50", "our tick over SGLang's own step, ms (p50)", 1.0),
+    Goal("attention.tiny_bs32_ratio_to_plain", "tiny model, 32 requests: step / plain torch", 1.5),
+    Goal("attention.smollm2_bs16_speedup", "SmolLM2, 16 requests: torch_native / ours", 1.3, at_least=True),
+    Goal("prefix.ttft_ratio", "512 shared tokens: second TTFT / first", 0.5),
+    Goal("hotload.max_step_ratio", "loading an adapter: longest step / median", 2.0),
+)
+
+
+def run(out: Path, json_output: bool, *, settings: Settings | None = None) -> int:
+    """Measure, print, and write ``runtime.json`` into `out`.
+
+    Returns:
+        0 when all goals are met, 1 when one is not, otherwise the error's own exit code.
+    """
+    errors = Console(stderr=True)
+    try:
+        report = _measure(out.absolute(), settings or load_settings(), errors)
+    except HarliError as error:
+        for line in (f"error: {error.message}", *getattr(error, "__notes__", ())):
+            errors.print(line, markup=False, highlight=False, soft_wrap=True)
+        return error.exit_code
+    if json_output:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        Console().print(table(report))
+    errors.print(f"report: {out / 'runtime.json'}", markup=False, highlight=False, soft_wrap=True)
+    return 0 if all(goal["met"] for goal in report["goals"].values()) else 1
+
+
+def _measure(out: Path, settings: Settings, errors: Console) -> dict[str, Any]:
+    began = time.monotonic()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}; choose another --out") from error
+    with Narrator(errors) as narrator, tempfile.TemporaryDirectory(prefix="harli-bench-") as scratch:
+        with narrator.step(f"Model {MODEL}"):
+            model = resolve_model(MODEL, settings)
+        with narrator.step("Tiny model: overhead, prefix cache, attention"):
+            tiny = _child("tiny", Path(scratch) / "tiny", Path(scratch), out)
+        with narrator.step("SmolLM2: attention, loading adapters"):
+            smollm2 = _child("smollm2", model, Path(scratch), out)
+    report = build_report(tiny, smollm2, describe_machine(), time.monotonic() - began)
+    (out / "runtime.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    return report
+
+
+def _child(part: str, model: Path, scratch: Path, out: Path) -> Found:
+    """The measurements of one process; its messages go to ``runtime-PART.log`` in `out`."""
+    quiet = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    log = out / f"runtime-{part}.log"
+    with log.open("w", encoding="utf-8") as messages:
+        ended = subprocess.run(  # noqa: S603 - our own module
+            [*CHILD, part, str(model), str(scratch)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=messages,
+            text=True,
+            check=False,
+        )
+    if ended.returncode != 0 or not ended.stdout.strip():
+        error = HarliError(f"the measurement {part!r} ended with status {ended.returncode}; see {log}")
+        for line in log.read_text(encoding="utf-8").splitlines()[-SHOWN_LINES:]:
+            error.add_note(line)
+        raise error
+    found: dict[str, dict[str, float]] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
+def build_report(
+    tiny: Found, smollm2: Found, machine: Mapping[str, str | int | float | None], duration_s: float
+) -> dict[str, Any]:
+    """The content of ``runtime.json``; times in milliseconds."""
+    overhead, small, large = tiny["overhead"], tiny["attention"], smollm2["attention"]
+    prefix, hotload = tiny["prefix"], smollm2["hotload"]
+    report: dict[str, Any] = {
+        "harli_version": __version__,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "duration_s": round(duration_s, 1),
+        "overhead_ms_p50": overhead["overhead_ms"],
+        "overhead": {"tick_ms_p50": overhead["tick_ms"], "sglang_step_ms_p50": overhead["step_ms"]},
+        "attention": {
+            "tiny_bs32_ratio_to_plain": small["ours"] / small["plain"],
+            "tiny_bs32_torch_native_ratio_to_plain": small["torch_native"] / small["plain"],
+            "tiny_bs32_ms": small["ours"],
+            "tiny_bs32_torch_native_ms": small["torch_native"],
+            "tiny_bs32_plain_ms": small["plain"],
+            "tiny_bs32_same_tokens": small["same_tokens"],
+            "smollm2_bs16_speedup": large["torch_native"] / large["ours"],
+            "smollm2_bs16_ms": large["ours"],
+            "smollm2_bs16_torch_native_ms": large["torch_native"],
+        },
+        "prefix": {
+            "ttft_ratio": prefix["second_ms"] / prefix["first_ms"],
+            "first_ms": prefix["first_ms"],
+            "second_ms": prefix["second_ms"],
+        },
+        "hotload": {
+            "max_step_ratio": hotload["longest_ms"] / hotload["median_ms"],
+            "median_ms": hotload["median_ms"],
+            "longest_ms": hotload["longest_ms"],
+            "load_ms": hotload["load_ms"],
+        },
+    }
+    report = _rounded(report)
+    report["goals"] = {
+        goal.key: {
+            "title": goal.title,
+            "value": (value := _at(report, goal.key)),
+            "wanted": goal.wanted,
+            "met": goal.met(value),
+        }
+        for goal in GOALS
+    }
+    report["machine"] = dict(machine)
+    return report
+
+
+def _rounded(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _rounded(value) for key, value in tree.items()}
+    return round(tree, 4) if isinstance(tree, float) else tree
+
+
+def _at(report: Mapping[str, Any], key: str) -> float:
+    found: Any = report
+    for part in key.split("."):
+        found = found[part]
+    return float(found)
+
+
+def table(report: Mapping[str, Any]) -> Table:
+    """Goals with what was measured, and the numbers behind each."""
+    attention, prefix, hotload = report["attention"], report["prefix"], report["hotload"]
+    overhead = report["overhead"]
+    behind = (
+        f"{overhead['tick_ms_p50']:.2f} - {overhead['sglang_step_ms_p50']:.2f} ms",
+        f"{attention['tiny_bs32_ms']:.2f} / {attention['tiny_bs32_plain_ms']:.2f} ms; "
+        f"torch_native {attention['tiny_bs32_torch_native_ms']:.2f} ms "
+        f"= {attention['tiny_bs32_torch_native_ratio_to_plain']:.2f}",
+        f"{attention['smollm2_bs16_torch_native_ms']:.1f} / {attention['smollm2_bs16_ms']:.1f} ms",
+        f"{prefix['second_ms']:.1f} / {prefix['first_ms']:.1f} ms",
+        f"{hotload['longest_ms']:.1f} / {hotload['median_ms']:.1f} ms; load {hotload['load_ms']:.1f} ms",
+    )
+    made = Table("measured", "value", "goal", "", "from", box=None, pad_edge=False, header_style="bold")
+    for goal, numbers in zip(report["goals"].values(), behind, strict=True):
+        verdict = "[green]met[/]" if goal["met"] else "[red]not met[/]"
+        made.add_row(goal["title"], f"{goal['value']:.3f}", goal["wanted"], verdict, numbers)
+    return made

@@ -1,0 +1,203 @@
+"""The measurements of ``harli bench runtime``, each on a given runtime. Knows no goals and prints nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from harli_appliance.bench.runtime_plain import PlainDecoder
+from harli_appliance.bench.runtime_rig import Bench, consume, prompt, request, time_to_first
+from harli_appliance.engine.adapters import AdapterShelf
+from harli_appliance.runtime.arguments import LORA_TARGETS
+from harli_appliance.runtime.measuring import Attention, SglangStep, timed_steps
+
+SHORTEST, LONGEST = 128, 384
+"""Prompts of a batch are spread evenly between these; about as chats are."""
+BLOCK = 8
+"""Steps that one contestant makes before the next has its turn."""
+
+
+def prompt_lengths(count: int) -> list[int]:
+    return [SHORTEST + (LONGEST - SHORTEST) * at // max(1, count - 1) for at in range(count)]
+
+
+def attention_steps(bench: Bench, *, requests: int, rounds: int, plain: bool) -> dict[str, float]:
+    """Median decode step (ms) with our attention and with SGLang's, taking turns on the same requests.
+
+    Args:
+        plain: whether the plain decoder of the tiny model takes turns too, at the same lengths.
+    """
+    return dict(bench.on_lane(lambda: _attention_steps(bench, requests, rounds, plain)))
+
+
+def _attention_steps(bench: Bench, requests: int, rounds: int, plain: bool) -> dict[str, float]:
+    runtime, attention = bench.runtime, Attention(bench.runtime)
+    answer = (
+        2 * BLOCK * rounds + requests * LONGEST // 128 + 2
+    )  # some decode while others are still prefilled
+    prompts = [prompt(at, length) for at, length in enumerate(prompt_lengths(requests))]
+    for at, tokens in enumerate(prompts):
+        runtime.submit(request(f"step-{requests}-{at}", tokens, answer))
+    brought: list[list[int]] = [[] for _ in prompts]
+
+    def step() -> tuple[str, int]:
+        plan = runtime.plan()
+        if plan is None:
+            raise AssertionError("requests ended before the measurement")
+        for item in runtime.execute(plan).tokens:
+            brought[int(item.request.rpartition("-")[2])].extend(item.tokens)
+        return plan.kind, len(plan.requests)
+
+    while step() != ("decode", requests):
+        pass
+    yardstick = PlainDecoder(bench.folder, prompts, LONGEST + answer) if plain else None
+    times: dict[str, list[float]] = {"ours": [], "torch_native": [], "plain": []}
+    for _ in range(rounds):
+        for name in ("ours", "torch_native"):
+            attention.use(ours=name == "ours")
+            times[name] += _timed(step, BLOCK)
+        if yardstick is not None:
+            times["plain"] += _timed(yardstick.step, 2 * BLOCK)
+    attention.use(ours=True)
+    while (plan := runtime.plan()) is not None:
+        for item in runtime.execute(plan).tokens:
+            brought[int(item.request.rpartition("-")[2])].extend(item.tokens)
+    found = {name: 1e3 * statistics.median(taken) for name, taken in times.items() if taken}
+    if yardstick is not None:
+        pairs = [
+            token == other
+            for row, column in zip(brought, zip(*yardstick.tokens, strict=True), strict=True)
+            for token, other in zip(row, column, strict=False)
+        ]
+        found["same_tokens"] = sum(pairs) / len(pairs)
+    return found
+
+
+def _timed(step: Callable[[], object], count: int) -> list[float]:
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - began)
+    return times
+
+
+async def overhead(bench: Bench, *, requests: int = 8, answer: int = 400) -> dict[str, float]:
+    """Median tick of the engine and of SGLang's own step in it (ms), while requests decode."""
+    async with bench.engine() as engine:
+        with timed_steps(bench.runtime) as steps:
+            batch = [request(f"tick-{at}", prompt(at, 64), answer) for at in range(requests)]
+            await asyncio.gather(*(consume(engine, each) for each in batch))
+    ticks = _ticks(steps, requests)
+    tick = statistics.median(seconds for _, seconds in ticks)
+    own = statistics.median(step.seconds for step, _ in ticks)
+    return {
+        "tick_ms": 1e3 * tick,
+        "step_ms": 1e3 * own,
+        "overhead_ms": 1e3 * (tick - own),
+        "steps": len(ticks),
+    }
+
+
+def _ticks(steps: Sequence[SglangStep], requests: int) -> list[tuple[SglangStep, float]]:
+    """Decode steps of the whole batch, with the seconds until the next one began."""
+    return [
+        (step, following.began - step.began)
+        for step, following in itertools.pairwise(steps)
+        if step.decode and following.decode and step.requests == following.requests == requests
+    ]
+
+
+async def prefix(bench: Bench, *, shared: int = 512, pairs: int = 5) -> dict[str, float]:
+    """Median time to first token (ms) of requests, and of others that share their first tokens with them."""
+    first, second = [], []
+    async with bench.engine() as engine:
+        await time_to_first(engine, request("prefix-warm", prompt(99, shared), 2))
+        for at in range(pairs):
+            start = prompt(1000 + at, shared)
+            first.append(await time_to_first(engine, request(f"first-{at}", start + prompt(at, 8), 2)))
+            second.append(await time_to_first(engine, request(f"second-{at}", start + prompt(50 + at, 8), 2)))
+    return {"first_ms": 1e3 * statistics.median(first), "second_ms": 1e3 * statistics.median(second)}
+
+
+async def hotload(
+    bench: Bench, adapter: Path, *, requests: int = 8, loads: int = 3, rank: int = 16
+) -> dict[str, float]:
+    """The longest tick around the loading of adapters while requests decode, and the median tick (ms)."""
+    write_adapter(bench.folder, adapter, rank)
+    windows: list[tuple[float, float]] = []
+    async with bench.engine() as engine:
+        shelf = AdapterShelf(bench.runtime, bench.lane)
+        with timed_steps(bench.runtime) as steps:
+            batch = [request(f"hot-{at}", prompt(at, 64), 30 + 12 * loads) for at in range(requests)]
+            serving = asyncio.gather(*(consume(engine, each) for each in batch))
+            await _until(lambda: bool(steps) and steps[-1].decode and steps[-1].requests == requests)
+            for at in range(loads):
+                seen = len(steps)
+                await _until(lambda seen=seen: len(steps) >= seen + 6)  # type: ignore[misc]
+                began = time.perf_counter()
+                await shelf.put(f"hot-{at}", adapter)
+                windows.append((began, time.perf_counter()))
+                await _until(lambda seen=seen: len(steps) >= seen + 10)  # type: ignore[misc]
+            await serving
+        for at in range(loads):
+            await shelf.remove(f"hot-{at}")
+        await shelf.close()
+    ticks = [(step.began, step.began + seconds) for step, seconds in _ticks(steps, requests)]
+    median = statistics.median(end - begin for begin, end in ticks)
+    around = [
+        end - begin
+        for begin, end in ticks
+        if any(end >= began and begin <= ended + median for began, ended in windows)
+    ]
+    load = max(ended - began for began, ended in windows)
+    return {"median_ms": 1e3 * median, "longest_ms": 1e3 * max(around), "load_ms": 1e3 * load}
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - what is waited for happens on another thread
+        await asyncio.sleep(0.001)
+
+
+def write_adapter(model: Path, folder: Path, rank: int) -> None:
+    """A LoRA adapter of PEFT's format with small random weights, for every projection of a Llama-like model."""
+    config: dict[str, Any] = json.loads((model / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    size = config.get("head_dim") or hidden // heads
+    shapes = {
+        "q_proj": (hidden, heads * size),
+        "k_proj": (hidden, kv_heads * size),
+        "v_proj": (hidden, kv_heads * size),
+        "o_proj": (heads * size, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
+    weights = {}
+    for layer, (name, (wide, out)) in itertools.product(range(config["num_hidden_layers"]), shapes.items()):
+        block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+        at = f"base_model.model.model.layers.{layer}.{block}.{name}"
+        weights[f"{at}.lora_A.weight"] = 0.01 * torch.randn(rank, wide)
+        weights[f"{at}.lora_B.weight"] = 0.01 * torch.randn(out, rank)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(LORA_TARGETS),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(described, indent=2))
