@@ -166,7 +166,11 @@ class Appliance:
 
     async def start(self) -> None:
         """Load the model, take up interrupted jobs, and begin to tick."""
-        # Imported here: SGLang takes seconds to import, and `open` should complain before that.
+        # Imported here: SGLang takes seconds to import, which would hold up the probes on this loop, and one
+        # that is not the version we know must be told of before anything of it is used.
+        from harli_appliance.runtime import internals
+
+        await asyncio.to_thread(internals.check)
         from harli_appliance.runtime.arguments import RuntimeOptions
         from harli_appliance.runtime.kv import SglangSlots
         from harli_appliance.runtime.sglang_runtime import SglangRuntime
