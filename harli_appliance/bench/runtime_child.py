@@ -35,11 +35,11 @@ def measure(part: str, folder: Path, scratch: Path) -> dict[str, Any]:
         gc.collect()
         found["overhead"] = asyncio.run(overhead(bench))
         found["prefix"] = asyncio.run(prefix(bench))
-        found["attention"] = attention_steps(bench, requests=32, rounds=10, plain=True)
+        found["attention"] = attention_steps(bench, requests=32, rounds=4, plain=True)
     else:
         bench = Bench.start(folder, pool_slots=16_384)
         gc.collect()
-        found["attention"] = attention_steps(bench, requests=16, rounds=5, plain=False)
+        found["attention"] = attention_steps(bench, requests=16, rounds=2, plain=False)
         found["hotload"] = asyncio.run(hotload(bench, scratch / "adapter"))
     bench.lane.close()
     return found

@@ -22,8 +22,8 @@ from harli_appliance.runtime.measuring import Attention, SglangStep, timed_steps
 
 SHORTEST, LONGEST = 128, 384
 """Prompts of a batch are spread evenly between these; about as chats are."""
-BLOCK = 8
-"""Steps that one contestant makes before the next has its turn."""
+BLOCK = 24
+"""Steps that one contestant makes before the next has its turn; most of them are as in a batch that decodes on."""
 
 
 def prompt_lengths(count: int) -> list[int]:

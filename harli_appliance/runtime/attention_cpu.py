@@ -11,7 +11,7 @@ everything else that SGLang decides by that name (no Triton, no graphs) holds he
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from harli_appliance.runtime.attention_plan import DecodePlan, ExtendRequest, plan_decode, plan_extend
-from harli_appliance.runtime.attention_resident import Gather, Read, Reads, ResidentKV
+from harli_appliance.runtime.attention_resident import Read, Reads, ResidentKV
 
 NAME = "torch_native"
 RESIDENT_SHARE, RESIDENT_LEAST = 0.5, 2**26
@@ -60,7 +60,7 @@ class Workspace:
         return out_k, out_v
 
 
-def _gathered(plan: DecodePlan, gather: Gather) -> Reads:
+def _gathered(plan: DecodePlan, gather: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Reads:
     def parts() -> Iterator[Read]:  # one at a time: they share the workspace
         for group in plan.groups:
             k, v = (
@@ -134,7 +134,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLa
         def gather(rows: Tensor) -> tuple[Tensor, Tensor]:
             return self._workspace.gather(keys, values, rows)
 
-        held = self._resident.layer(layer.layer_id, k, v, plan, gather) if window < 0 else None
+        held = self._resident.layer(layer.layer_id, (k, v), (keys, values), plan) if window < 0 else None
         reads = held if held is not None else _gathered(plan(), gather)
         order, inverse = reads.plan.order, reads.plan.inverse
         q = q.reshape(-1, heads, layer.tp_q_head_num // heads, size)

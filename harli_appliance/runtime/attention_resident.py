@@ -8,7 +8,7 @@ again from the cache, which stays the truth. Knows shapes and lengths; does not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,10 +18,9 @@ from harli_appliance.runtime.attention_plan import DecodeGroup, DecodePlan
 
 ROOM = 64
 """Tokens that requests may grow by before their rows are gathered again."""
+STEPS_BEFORE = 4
+"""Steps in succession before a batch is held: filling the memory takes as long as this many steps then save."""
 ALIGNMENT = 64
-
-Gather = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Cache rows to K and V, [rows, heads, d] each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +63,6 @@ class _Group:
             self._mask[..., : self.length] = group.mask
 
     @property
-    def padded(self) -> bool:
-        return self._mask is not None
-
-    @property
     def mask(self) -> Tensor | None:
         return None if self._mask is None else self._mask[..., : self.length]
 
@@ -77,21 +72,31 @@ class _Group:
         if self._mask is not None:
             self._mask[self._member, 0, 0, self._newest] = 0.0
 
+    def sources(self, heads: int) -> Tensor:
+        """What [members, heads, capacity] is filled from, as rows of a cache [slots * heads, d].
+
+        Room that nothing is in yet repeats a member's first row: attention hides it, but NaN would show.
+        """
+        rows = self.rows.view(self.members, self.length).long()
+        rows = torch.cat([rows, rows[:, :1].expand(-1, self.capacity - self.length)], dim=1)
+        return (rows[:, None] * heads + torch.arange(heads)[:, None]).flatten()
+
     def newest(self, heads: int) -> Tensor:
-        """Where the newest rows lie in [members * heads * capacity, d]."""
-        line = torch.arange(self.members * heads) * self.capacity
-        return line + self._newest.repeat_interleave(heads)
+        """Where the members' newest rows are in [members, heads, capacity]; shape [members, heads]."""
+        line = torch.arange(self.members * heads).view(-1, heads) * self.capacity
+        return line + self._newest[:, None]
 
 
 @dataclass(slots=True)
 class _Batch:
-    """The batch that is held; a layer's tensors are [members, heads, capacity, d] for each group."""
+    """The batch that is held; a layer's K and V are [rows, d]: of each group [members, heads, capacity]."""
 
     plan: DecodePlan
     groups: tuple[_Group, ...]
-    layers: dict[int, tuple[tuple[Tensor, Tensor], ...]] = field(default_factory=dict)
-    newest: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    """By number of heads, for this step."""
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    sources: dict[int, Tensor] = field(default_factory=dict)
+    newest: dict[int, Tensor] = field(default_factory=dict)
+    """Both by number of heads: rows of the cache to fill from, and where each request's new row goes."""
     fresh: bool = True
     """Whether this is the step in which it was made: layers join now or never."""
 
@@ -110,52 +115,54 @@ class ResidentKV:
         self._taken = 0
         self._lines: list[int] = []
         self._lengths: list[int] = []
-        self._steady = False
+        self._steps = 0
         self._batch: _Batch | None = None
 
     def forget(self) -> None:
         """Something other than a decode step ran."""
-        self._lines, self._lengths, self._steady, self._batch = [], [], False, None
+        self._lines, self._lengths, self._steps, self._batch = [], [], 0, None
 
     def follow(self, lines: list[int], lengths: list[int]) -> None:
         """A decode step begins, for requests `lines` of these lengths (the new token included)."""
-        self._steady = lines == self._lines and lengths == [length + 1 for length in self._lengths]
+        steady = lines == self._lines and lengths == [length + 1 for length in self._lengths]
+        self._steps = self._steps + 1 if steady else 1
         self._lines, self._lengths = lines, lengths
         batch = self._batch
-        if not self._steady or (batch and any(group.length == group.capacity for group in batch.groups)):
+        if batch is None:
+            return
+        if not steady or any(group.length == group.capacity for group in batch.groups):
             self._batch = None
-        elif batch is not None:
-            batch.fresh = False
-            batch.newest.clear()
-            for group in batch.groups:
-                group.grow()
+            return
+        batch.fresh = False
+        for newest in batch.newest.values():
+            newest += 1
+        for group in batch.groups:
+            group.grow()
 
     def layer(
-        self, layer: int, k: Tensor, v: Tensor, plan: Callable[[], DecodePlan], gather: Gather
+        self,
+        layer: int,
+        new: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, Tensor],
+        plan: Callable[[], DecodePlan],
     ) -> Reads | None:
         """A layer's rows, the new ones included; None when they are not held and must be gathered.
 
-        A batch is held from its second step in succession, so that one which changes in every step costs nothing.
-
         Args:
-            k, v: the new rows, one for each request, heads x d numbers each.
+            new: K and V of one new token for each request, heads x d numbers each.
+            cache: the layer's K and V, [slots, heads, d], the new ones already in it.
             plan: of this step, without a window.
-            gather: reads this layer's cache, the new rows already in it.
         """
-        if not self._steady:
+        if self._steps < STEPS_BEFORE:
             return None
         if self._batch is None:
             self._batch = self._begin(plan())
-        batch = self._batch
+        batch, heads = self._batch, cache[0].shape[1]
         if layer in batch.layers:
-            self._add(batch, layer, k, v)
-        elif not (batch.fresh and self._fill(batch, layer, gather)):
+            self._add(batch, layer, new, heads)
+        elif not (batch.fresh and self._fill(batch, layer, *cache)):
             return None
-        parts = tuple(
-            Read(group.begin, group.end, keys[:, :, : group.length], values[:, :, : group.length], group.mask)
-            for group, (keys, values) in zip(batch.groups, batch.layers[layer], strict=True)
-        )
-        return Reads(parts, batch.plan)
+        return Reads(self._reads(batch, layer, heads), batch.plan)
 
     def _begin(self, plan: DecodePlan) -> _Batch:
         self._taken = 0
@@ -163,31 +170,30 @@ class ResidentKV:
         lengths = [self._lengths[at] for at in order]
         return _Batch(plan, tuple(_Group(group, lengths[group.begin : group.end]) for group in plan.groups))
 
-    def _fill(self, batch: _Batch, layer: int, gather: Gather) -> bool:
-        tensors = []
-        arena: Tensor | None = None
-        begin = 0
-        for group in batch.groups:
-            found = gather(group.rows)
-            heads, size = found[0].shape[1:]
-            if arena is None:
-                numbers = 2 * heads * size * sum(each.members * each.capacity for each in batch.groups)
-                arena = self._take(numbers, found[0].dtype)
-                if arena is None:
-                    return False
-            shape = (group.members, heads, group.capacity, size)
-            pair = []
-            for rows in found:
-                count = group.members * heads * group.capacity * size
-                held = arena[begin : begin + count].view(shape)
-                begin += count
-                held[:, :, : group.length] = rows.view(group.members, -1, heads, size).transpose(1, 2)
-                if group.padded:
-                    held[:, :, group.length :] = 0.0  # hidden from attention, but not from NaN
-                pair.append(held)
-            tensors.append((pair[0], pair[1]))
-        batch.layers[layer] = tuple(tensors)
+    def _fill(self, batch: _Batch, layer: int, keys: Tensor, values: Tensor) -> bool:
+        heads, size = keys.shape[1:]
+        rows = heads * sum(group.members * group.capacity for group in batch.groups)
+        memory = self._take(2 * rows * size, keys.dtype)
+        if memory is None:
+            return False
+        if heads not in batch.sources:
+            batch.sources[heads] = torch.cat([group.sources(heads) for group in batch.groups])
+            batch.newest[heads] = self._newest(batch, heads)
+        held_k, held_v = memory.view(2, rows, size)
+        for cache, held in ((keys, held_k), (values, held_v)):
+            torch.index_select(cache.view(-1, size), 0, batch.sources[heads], out=held)
+        batch.layers[layer] = (held_k, held_v)
         return True
+
+    @staticmethod
+    def _newest(batch: _Batch, heads: int) -> Tensor:
+        """[requests * heads], in the order of the batch, not of the plan."""
+        parts, begin = [], 0
+        for group in batch.groups:
+            parts.append(begin + group.newest(heads))
+            begin += group.members * heads * group.capacity
+        newest = torch.cat(parts)
+        return (newest if batch.plan.inverse is None else newest[batch.plan.inverse]).flatten()
 
     def _take(self, numbers: int, dtype: torch.dtype) -> Tensor | None:
         """Memory that is this batch's until it ends; pages are touched, and then kept, as they are needed."""
@@ -199,15 +205,18 @@ class ResidentKV:
         self._taken = -(-end // ALIGNMENT) * ALIGNMENT
         return self._memory[begin:end].view(dtype)
 
-    def _add(self, batch: _Batch, layer: int, k: Tensor, v: Tensor) -> None:
-        requests = len(self._lines)
-        k, v = k.reshape(requests, -1), v.reshape(requests, -1)
-        if batch.plan.order is not None:
-            k, v = k[batch.plan.order], v[batch.plan.order]
-        heads, size = batch.layers[layer][0][0].shape[1], batch.layers[layer][0][0].shape[3]
-        if heads not in batch.newest:
-            batch.newest[heads] = tuple(group.newest(heads) for group in batch.groups)
-        for group, pair, at in zip(batch.groups, batch.layers[layer], batch.newest[heads], strict=True):
-            for held, new in zip(pair, (k, v), strict=True):
-                rows = new[group.begin : group.end].reshape(-1, size)
-                held.view(-1, size).index_copy_(0, at, rows)
+    @staticmethod
+    def _add(batch: _Batch, layer: int, new: tuple[Tensor, Tensor], heads: int) -> None:
+        for held, rows in zip(batch.layers[layer], new, strict=True):
+            held.index_copy_(0, batch.newest[heads], rows.reshape(-1, held.shape[1]))
+
+    @staticmethod
+    def _reads(batch: _Batch, layer: int, heads: int) -> Iterator[Read]:
+        k, v = batch.layers[layer]
+        begin = 0
+        for group in batch.groups:
+            end = begin + group.members * heads * group.capacity
+            shape = (group.members, heads, group.capacity, -1)
+            keys, values = (held[begin:end].view(shape)[:, :, : group.length] for held in (k, v))
+            yield Read(group.begin, group.end, keys, values, group.mask)
+            begin = end
