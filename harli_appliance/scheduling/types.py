@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from harli_appliance.schema import Mode
+
+UnitKind = Literal["forward", "loss", "backward", "step"]
 
 UNLIMITED = 1 << 30
 """More work units than any tick can run: training goes on until the next decision."""
@@ -26,11 +28,28 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """One way to divide the device between the lanes, as shares of its compute in (0, 1].
+
+    The whole device for one lane at a time (time slicing) is not a split; it is written as None.
+    """
+
+    name: str
+    inference: float
+    training: float
+
+
+@dataclass(frozen=True, slots=True)
 class Outlook:
-    """What training could do next: whether a job has work, and how long one unit takes (NaN: unknown)."""
+    """What training could do next: whether a job has work, and how long one unit takes (NaN: unknown).
+
+    Attributes:
+        unit_tokens: tokens of the window that units work on.
+    """
 
     ready: bool
     unit_ms: float = math.nan
+    unit_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +58,30 @@ class Bound:
 
     expected_ms: float
     upper_ms: float
+
+
+class Costs(Protocol):
+    """Latencies as policies see them: learned (`predictor.Predictor`) or of a simulated device.
+
+    Every method answers None (or NaN) for what it does not know, which is never permission.
+    """
+
+    def solo(self, step: Step, split: Split | None = None) -> Bound | None:
+        """The step with nothing beside it, on the inference side of `split` or on the whole device."""
+        ...
+
+    def corun(self, step: Step, split: Split | None = None) -> Bound | None:
+        """The step on the inference side with training beside it; None is the only split there is."""
+        ...
+
+    def fused(self, step: Step, tokens: int) -> Bound | None:
+        """The step with the forward pass of `tokens` training tokens in the same pass over the weights."""
+        ...
+
+    def training_rate(self, split: Split | None = None) -> float:
+        """Tokens trained per second (forward, loss and backward) on the training side of `split`, beside
+        serving, or on the whole device alone."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +94,8 @@ class Decision:
         serve: whether the planned step runs now.
         units: work units that training may start until the next decision.
         bound: the prediction for this step in this mode, None without a step or before there are samples.
+        split: how the device is divided in mode `partition`; None where there is only one way.
+        fused_tokens: training tokens whose forward pass rides along in mode `fused`.
     """
 
     mode: Mode
@@ -58,3 +103,5 @@ class Decision:
     serve: bool
     units: int
     bound: Bound | None = None
+    split: Split | None = None
+    fused_tokens: int = 0
