@@ -10,9 +10,6 @@ import asyncio
 import contextlib
 import secrets
 import time
-import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,17 +17,15 @@ import structlog
 import torch
 
 from harli_appliance import __version__
-from harli_appliance.answers import Answer, sampling_of_choice
 from harli_appliance.api.ports import ChatCall, Generation, Job, JobEvent, JobSpec, StoredFile
+from harli_appliance.completions import Completions
 from harli_appliance.config import Settings
 from harli_appliance.device.cuda import gpu_name, stream_context
 from harli_appliance.device.partition import Partition, cpu_name, cpu_partition, describe_cores
 from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.lanes import Lane
-from harli_appliance.engine.slo import Quantiles, RequestTiming, SloTracker
-from harli_appliance.engine.streams import TokenStream
-from harli_appliance.engine.telemetry import pool_view
+from harli_appliance.engine.slo import SloTracker
 from harli_appliance.errors import (
     ApplianceUnavailable,
     ConfigError,
@@ -46,28 +41,21 @@ from harli_appliance.models.architectures import (
 )
 from harli_appliance.models.catalog import config_of, resolve_model
 from harli_appliance.runtime.architectures import refuse_unservable
-from harli_appliance.runtime.grammar import check_json_schema
-from harli_appliance.runtime.protocol import NewTokens, Sampling, Submission
 from harli_appliance.runtime.text import TextCodec
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.schema import (
-    JobView,
     ModelView,
     PartitionView,
-    Percentiles,
     PolicyChange,
-    PredictorView,
-    ServingView,
-    SloView,
     Status,
     Timeline,
-    TrainingView,
 )
+from harli_appliance.status_view import engine_views, job_views
 from harli_appliance.store.database import Database
 from harli_appliance.store.lock import HomeLock
 from harli_appliance.store.predictor import load_predictor, save_predictor
-from harli_appliance.store.usage import RequestUsage, UsageLog
+from harli_appliance.store.usage import UsageLog
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.hyperparameters import adapter_name
 from harli_appliance.training.job_run import JobRun, RunOptions
@@ -78,14 +66,6 @@ log = structlog.get_logger(__name__)
 
 SAVE_PREDICTOR_EVERY_S = 60.0
 SHOWN_JOBS = 10
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What the usage log wants to know about a request when it ends."""
-
-    model: str
-    prompt_tokens: int
 
 
 class Appliance:
@@ -130,9 +110,7 @@ class Appliance:
             self._training = Lane("training", partition.training)
         self._slo = SloTracker(settings.slo.tpot_ms, settings.slo.ttft_ms)
         self._scheduler = Scheduler(Predictor(settings.scheduling.bound_quantile), settings.scheduling.policy)
-        self._asked: dict[str, _Asked] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._background: set[asyncio.Task[None]] = set()
 
     # -- life --------------------------------------------------------------------------------------------
 
@@ -227,8 +205,10 @@ class Appliance:
             self._training,
             max_queued=settings.server.max_queued_requests,
         )
-        self._engine.on_ended = self._record
         self._shelf = AdapterShelf(self._runtime, self._inference)
+        self._completions = Completions(
+            self._name, self._codec, self._engine, self._shelf, self._usage, self._runtime.context_length
+        )
         await self._restore()
         self._tasks.append(asyncio.create_task(self._engine.run(), name="engine"))
         self._tasks.append(asyncio.create_task(self._save_predictor_forever(), name="predictor"))
@@ -279,7 +259,8 @@ class Appliance:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*self._background, return_exceptions=True)
+        if was_ready:
+            await self._completions.close()
         await asyncio.to_thread(self._training.close)
         await asyncio.to_thread(self._inference.close)
         if was_ready:
@@ -331,70 +312,17 @@ class Appliance:
         return [base, *served]
 
     async def chat(self, call: ChatCall) -> Generation:
-        """Begin an answer of `call.n` choices.
+        """Begin an answer; see `Completions.begin`.
 
         Raises:
-            ApplianceUnavailable: not ready. NotFound: unknown model. UsageError: it cannot be answered as asked.
-            Overloaded: too many requests wait.
+            ApplianceUnavailable: not ready.
         """
-        if call.json_schema is not None:
-            await asyncio.to_thread(check_json_schema, call.json_schema)
-        if call.logprobs is not None:
-            await asyncio.to_thread(self._codec.token_bytes, 0)  # the first call is slow
-        # From here on nothing awaits, so that all choices run on the same version of an adapter.
         self._require_ready()
-        prompt = self._codec.encode_chat(call.messages)
-        sampling = Sampling(
-            max_tokens=self._fitting(len(prompt), call.max_tokens),
-            temperature=call.temperature,
-            top_p=call.top_p,
-            top_k=call.top_k,
-            min_p=call.min_p,
-            frequency_penalty=call.frequency_penalty,
-            presence_penalty=call.presence_penalty,
-            repetition_penalty=call.repetition_penalty,
-            seed=call.seed,
-            stop=call.stop,
-            stop_token_ids=call.stop_token_ids,
-            ignore_eos=call.ignore_eos,
-            min_tokens=call.min_tokens,
-            logprobs=call.logprobs,
-            json_schema=call.json_schema,
-        )
-        streams: list[TokenStream] = []
-        try:
-            for choice in range(call.n):
-                request = f"chatcmpl-{uuid.uuid4().hex}"
-                adapter = None if call.model == self._name else self._shelf.begin(call.model, request)
-                submission = Submission(request, prompt, sampling_of_choice(sampling, choice), adapter)
-                try:
-                    streams.append(self._engine.submit(submission))
-                except HarliError:
-                    self._shelf.end(request)
-                    raise
-                self._asked[request] = _Asked(call.model, len(prompt))
-        except HarliError:
-            for stream in streams:
-                stream.abort()
-            raise
-        return Answer(streams, self._codec, call.stop, len(prompt))
+        return await self._completions.begin(call, self._require_ready)
 
     def _require_ready(self) -> None:
         if self._state != "ready":
             raise ApplianceUnavailable(f"the appliance is {self._state}; try again in a moment")
-
-    def _fitting(self, prompt: int, wanted: int | None) -> int:
-        """How many tokens the answer may have."""
-        room = self._runtime.context_length - prompt
-        if room < 1 or (wanted is not None and wanted > room):
-            asked = f" and {wanted} of the answer" if wanted is not None else ""
-            raise UsageError(
-                f"{prompt} tokens of the prompt{asked} exceed the context of "
-                f"{self._runtime.context_length} tokens; shorten the messages or lower max_tokens",
-                code="context_length_exceeded",
-                param="messages",
-            )
-        return wanted if wanted is not None else room
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Serve an adapter from a folder under `name`, in the place of one that had it.
@@ -413,25 +341,6 @@ class Appliance:
         """Stop serving an adapter; requests in flight on it finish."""
         self._require_ready()
         await self._shelf.remove(name)
-
-    def _record(self, item: NewTokens, timing: RequestTiming) -> None:
-        self._shelf.end(item.request)
-        asked = self._asked.pop(item.request, None)
-        if asked is None:
-            return
-        usage = RequestUsage(
-            id=item.request,
-            model=asked.model,
-            prompt_tokens=asked.prompt_tokens,
-            output_tokens=timing.tokens,
-            ttft_ms=timing.ttft_ms,
-            tpot_ms=timing.tpot_ms,
-            finish_reason=item.finish or "stop",
-            created_at=int(time.time()),
-        )
-        task = asyncio.create_task(self._usage.add(usage))
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
 
     # -- fine-tuning port --------------------------------------------------------------------------------
 
@@ -495,48 +404,17 @@ class Appliance:
 
     async def status(self) -> Status:
         self._require_ready()
-        engine, trainer = self._engine.state(), self._trainer.state()
-        slo, predictor = self._slo, self._scheduler.predictor
         recent, _ = await self._queue.jobs(limit=SHOWN_JOBS)
         return Status(
             version=__version__,
-            state="degraded" if engine.degraded else self._state,
+            state="degraded" if self._engine.degraded else self._state,
             uptime_s=time.monotonic() - self._started,
             model=self._name,
             device=self._device,
-            policy=self._scheduler.policy_name,
-            mode=engine.decision.mode,
-            reason=engine.decision.reason,
-            slo=SloView(tpot_ms=slo.tpot_ms, ttft_ms=slo.ttft_ms, attainment=slo.attainment),
-            serving=ServingView(
-                running=engine.depth.running,
-                waiting=engine.depth.waiting,
-                requests=slo.requests,
-                failed=slo.failed,
-                tpot_ms=_percentiles(slo.tpot),
-                itl_ms=_percentiles(slo.itl),
-                ttft_ms=_percentiles(slo.ttft),
-                output_tokens=engine.output_tokens,
-                output_tokens_per_s=engine.output_tokens_per_s,
-            ),
-            training=TrainingView(
-                tokens=trainer.tokens,
-                tokens_per_s=engine.training_tokens_per_s,
-                job=trainer.job,
-                step=trainer.step,
-                total_steps=trainer.total_steps,
-                loss=trainer.loss,
-                dropped_micro_batches=trainer.dropped_micro_batches,
-            ),
             partition=self._partition_view(),
-            pool=pool_view(engine.pool),
-            predictor=PredictorView(
-                samples=predictor.samples,
-                median_error=predictor.median_error,
-                above_bound=predictor.above_bound,
-            ),
-            jobs=_job_views(recent),
+            jobs=job_views(recent),
             models=self.models(),
+            **engine_views(self._engine, self._scheduler, self._trainer),
         )
 
     def _partition_view(self) -> PartitionView:
@@ -547,27 +425,3 @@ class Appliance:
             training=describe_cores(self._partition.training),
             inference_share=self._partition.inference_share,
         )
-
-
-def _percentiles(values: Quantiles) -> Percentiles:
-    return Percentiles(p50=values.at(50), p99=values.at(99), last=values.last)
-
-
-def _job_views(jobs: Sequence[Job]) -> list[JobView]:
-    """Active jobs first, then the most recent."""
-    active = [job for job in jobs if job.status in ("running", "queued")]
-    ended = [job for job in jobs if job.status not in ("running", "queued")]
-    return [
-        JobView(
-            id=job.id,
-            status=job.status,
-            model=job.model,
-            fine_tuned_model=job.fine_tuned_model,
-            step=job.step,
-            total_steps=job.total_steps,
-            loss=job.loss,
-            created_at=job.created_at,
-            error=job.error_message,
-        )
-        for job in (*active, *ended)
-    ]

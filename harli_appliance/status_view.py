@@ -1,0 +1,96 @@
+"""What the appliance shows of itself: the wire types of `schema.py`, filled from engine, scheduler and trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+from harli_appliance.api.ports import Job
+from harli_appliance.engine.engine import Engine
+from harli_appliance.engine.slo import Quantiles
+from harli_appliance.engine.telemetry import pool_view
+from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.schema import (
+    JobView,
+    Mode,
+    Percentiles,
+    PoolView,
+    PredictorView,
+    ServingView,
+    SloView,
+    TrainingView,
+)
+from harli_appliance.training.trainer import Trainer
+
+
+class EngineViews(TypedDict):
+    """The fields of `Status` that come from what runs."""
+
+    policy: str
+    mode: Mode
+    reason: str
+    slo: SloView
+    serving: ServingView
+    training: TrainingView
+    pool: PoolView
+    predictor: PredictorView
+
+
+def engine_views(engine: Engine, scheduler: Scheduler, trainer: Trainer) -> EngineViews:
+    now, training, slo, predictor = engine.state(), trainer.state(), engine.slo, scheduler.predictor
+    return EngineViews(
+        policy=scheduler.policy_name,
+        mode=now.decision.mode,
+        reason=now.decision.reason,
+        slo=SloView(tpot_ms=slo.tpot_ms, ttft_ms=slo.ttft_ms, attainment=slo.attainment),
+        serving=ServingView(
+            running=now.depth.running,
+            waiting=now.depth.waiting,
+            requests=slo.requests,
+            failed=slo.failed,
+            tpot_ms=_percentiles(slo.tpot),
+            itl_ms=_percentiles(slo.itl),
+            ttft_ms=_percentiles(slo.ttft),
+            output_tokens=now.output_tokens,
+            output_tokens_per_s=now.output_tokens_per_s,
+        ),
+        training=TrainingView(
+            tokens=training.tokens,
+            tokens_per_s=now.training_tokens_per_s,
+            job=training.job,
+            step=training.step,
+            total_steps=training.total_steps,
+            loss=training.loss,
+            dropped_micro_batches=training.dropped_micro_batches,
+        ),
+        pool=pool_view(now.pool),
+        predictor=PredictorView(
+            samples=predictor.samples,
+            median_error=predictor.median_error,
+            above_bound=predictor.above_bound,
+        ),
+    )
+
+
+def job_views(jobs: Sequence[Job]) -> list[JobView]:
+    """Active jobs first, then the most recent."""
+    active = [job for job in jobs if job.status in ("running", "queued")]
+    ended = [job for job in jobs if job.status not in ("running", "queued")]
+    return [
+        JobView(
+            id=job.id,
+            status=job.status,
+            model=job.model,
+            fine_tuned_model=job.fine_tuned_model,
+            step=job.step,
+            total_steps=job.total_steps,
+            loss=job.loss,
+            created_at=job.created_at,
+            error=job.error_message,
+        )
+        for job in (*active, *ended)
+    ]
+
+
+def _percentiles(values: Quantiles) -> Percentiles:
+    return Percentiles(p50=values.at(50), p99=values.at(99), last=values.last)
