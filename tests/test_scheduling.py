@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from harli_appliance.engine.slo import SloTracker
 from harli_appliance.scheduling.policies import POLICIES, Situation
-from harli_appliance.scheduling.predictor import ENOUGH, Predictor
+from harli_appliance.scheduling.predictor import Predictor
+from harli_appliance.scheduling.regime import ENOUGH
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.scheduling.types import Outlook, Step
 

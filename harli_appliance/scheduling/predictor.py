@@ -1,79 +1,36 @@
-"""How long a serving step takes: alone, and with a work unit running beside it.
+"""How long a serving step takes: alone, beside training, and with training tokens in the same pass.
 
-Two stages (Harli, arXiv 2511.11729, section on latency prediction):
+Two stages (Harli, arXiv 2511.11729, section on latency prediction), for each kind of step and each split:
 
 - solo: ``t = c + a b + k n + p m``, non-negative, for batch size b, context tokens n, prefill tokens m;
-- co-run: ``t = solo + e``, where the slowdown e >= 0 is a non-negative linear function of the same features,
-  fitted to what co-run steps took beyond their solo prediction.
+- co-run: ``t = solo + e``, where the slowdown e >= 0 is a non-negative linear function of the same features;
+- fused: ``t = solo + e`` with e in the number of training tokens that ride along.
 
-A prediction alone promises nothing, so decisions use an upper bound: the prediction times (1 + q), where q is the
-chosen quantile of recent relative residuals of that regime (split conformal prediction: with exchangeable
-residuals, at most 1 - quantile of the steps exceed it). Prefill and decode are fitted apart.
-
-Pure Python and numpy; refitted online every `REFIT` samples from a window of the most recent ones.
+Each comes with an upper bound that steps exceed as rarely as promised (`regime.py`). What is not known is None.
+Pure Python where a decision waits for it.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import nnls
 
-from harli_appliance.scheduling.types import Bound, Step
+from harli_appliance.scheduling.regime import WINDOW, Features, Regime
+from harli_appliance.scheduling.types import Bound, Split, Step
 
-WINDOW = 512
-"""Samples kept for each regime."""
-REFIT = 16
-"""New samples between two fits."""
-ENOUGH = 8
-"""Samples of a regime below which nothing is predicted for it."""
+Stage = Literal["solo", "corun", "fused"]
 
-_VERSION = 1
-
-
-def _features(step: Step) -> list[float]:
-    return [1.0, float(step.batch), float(step.context_tokens), float(step.prefill_tokens)]
-
-
-class _Regime:
-    """One non-negative linear model with its recent samples and residuals."""
-
-    def __init__(self) -> None:
-        self.samples: deque[tuple[list[float], float]] = deque(maxlen=WINDOW)
-        self.residuals: deque[float] = deque(maxlen=WINDOW)
-        self.coefficients: NDArray[np.float64] | None = None
-        self._since_fit = 0
-
-    def add(self, features: list[float], value: float) -> None:
-        self.samples.append((features, value))
-        self._since_fit += 1
-        if len(self.samples) >= ENOUGH and (self.coefficients is None or self._since_fit >= REFIT):
-            self.fit()
-
-    def fit(self) -> None:
-        matrix = np.array([features for features, _ in self.samples])
-        values = np.array([value for _, value in self.samples])
-        # Weighting rows by 1/value minimises relative error, which is what the bound is stated in; columns
-        # are scaled because nnls works with absolute tolerances.
-        weight = 1.0 / np.maximum(np.abs(values), 1e-3)
-        scale = np.maximum(np.abs(matrix * weight[:, None]).max(axis=0), 1e-12)
-        solution, _ = nnls(matrix * weight[:, None] / scale, np.maximum(values, 0.0) * weight)
-        self.coefficients = solution / scale
-        self._since_fit = 0
-
-    def predict(self, features: list[float]) -> float:
-        if self.coefficients is None:
-            return math.nan
-        return float(np.dot(self.coefficients, features))
+_VERSION = 2
+_RATE_WEIGHT = 0.05
+"""Of the newest unit in the average training rate."""
 
 
 class Predictor:
-    """Step latency on one device and model.
+    """Latencies on one device and model, as policies ask for them (`types.Costs`).
 
     Args:
         quantile: share of steps that must stay under the bound, in (0.5, 1).
@@ -83,59 +40,86 @@ class Predictor:
         if not 0.5 < quantile < 1.0:
             raise ValueError(f"quantile must lie in (0.5, 1), got {quantile}")
         self._quantile = quantile
-        self._solo = {"prefill": _Regime(), "decode": _Regime()}
-        self._extra = {"prefill": _Regime(), "decode": _Regime()}
+        self._regimes: dict[tuple[Stage, str, str], Regime] = {}
+        self._rates: dict[str, float] = {}
         self._errors: deque[float] = deque(maxlen=WINDOW)
         self._above: deque[bool] = deque(maxlen=WINDOW)
 
-    def solo(self, step: Step) -> Bound | None:
+    # -- what policies ask -------------------------------------------------------------------------------
+
+    def solo(self, step: Step, split: Split | None = None) -> Bound | None:
         """The step alone; None until there are enough samples."""
-        regime = self._solo[step.kind]
-        return self._bound(regime.predict(_features(step)), regime)
+        regime = self._regimes.get(("solo", step.kind, _name(split)))
+        return regime.bound(_features(step)) if regime is not None else None
 
-    def corun(self, step: Step) -> Bound | None:
+    def corun(self, step: Step, split: Split | None = None) -> Bound | None:
         """The step with a work unit beside it; None until both stages have enough samples."""
-        features = _features(step)
-        extra = self._extra[step.kind]
-        return self._bound(self._solo[step.kind].predict(features) + extra.predict(features), extra)
+        regime = self._regimes.get(("corun", step.kind, _name(split)))
+        return regime.bound(_features(step), self._alone(step, split)) if regime is not None else None
 
-    def _bound(self, expected: float, regime: _Regime) -> Bound | None:
-        if not math.isfinite(expected) or expected <= 0.0 or len(regime.residuals) < ENOUGH:
-            return None
-        margin = float(np.quantile(regime.residuals, self._quantile, method="higher"))
-        return Bound(expected, expected * (1.0 + max(0.0, margin)))
+    def fused(self, step: Step, tokens: int) -> Bound | None:
+        """The step with `tokens` training tokens in the same pass; None until it was seen often enough."""
+        regime = self._regimes.get(("fused", step.kind, ""))
+        return regime.bound((1.0, float(tokens)), self._alone(step, None)) if regime is not None else None
 
-    def observe(self, step: Step, measured_ms: float, *, corun: bool) -> None:
-        """Learn from a step that took `measured_ms`; values that cannot be times are ignored."""
+    def training_rate(self, split: Split | None = None) -> float:
+        """Tokens trained per second of the training lane's time beside serving on `split`; NaN unknown."""
+        return self._rates.get(_name(split), math.nan)
+
+    # -- what is learned ---------------------------------------------------------------------------------
+
+    def observe(
+        self,
+        step: Step,
+        measured_ms: float,
+        *,
+        corun: bool = False,
+        split: Split | None = None,
+        fused_tokens: int = 0,
+    ) -> None:
+        """Learn from a step that took `measured_ms`; values that cannot be times are ignored.
+
+        Args:
+            corun: whether training ran beside the whole of it.
+            fused_tokens: training tokens that were in the same pass.
+        """
         if not math.isfinite(measured_ms) or measured_ms <= 0.0:
             return
-        features = _features(step)
-        bound = self.corun(step) if corun else self.solo(step)
+        stage: Stage = "fused" if fused_tokens else "corun" if corun else "solo"
+        bound = (
+            self.fused(step, fused_tokens)
+            if fused_tokens
+            else self.corun(step, split)
+            if corun
+            else self.solo(step, split)
+        )
         if bound is not None:
             self._errors.append(abs(bound.expected_ms - measured_ms) / measured_ms)
             self._above.append(measured_ms > bound.upper_ms)
-        solo = self._solo[step.kind]
-        if not corun:
-            solo.add(features, measured_ms)
-            self._residual(solo, solo.predict(features), measured_ms)
-            return
-        alone = solo.predict(features)
-        if not math.isfinite(alone):
+        base = 0.0 if stage == "solo" else self._alone(step, split)
+        if not math.isfinite(base):
             return  # no first stage yet to measure the slowdown against
-        extra = self._extra[step.kind]
-        extra.add(features, measured_ms - alone)
-        self._residual(extra, alone + extra.predict(features), measured_ms)
+        features = (1.0, float(fused_tokens)) if fused_tokens else _features(step)
+        key = (stage, step.kind, "" if fused_tokens else _name(split))
+        self._regimes.setdefault(key, Regime(self._quantile)).add(features, measured_ms, base)
 
-    @staticmethod
-    def _residual(regime: _Regime, predicted: float, measured: float) -> None:
-        if math.isfinite(predicted) and predicted > 0.0:
-            regime.residuals.append(measured / predicted - 1.0)
+    def observe_training(self, tokens: float, seconds: float, split: Split | None = None) -> None:
+        """Learn how fast training goes: tokens done (parts count) in `seconds` of the training lane's time."""
+        if not (seconds > 0.0 and math.isfinite(tokens)):
+            return
+        rate, name = tokens / seconds, _name(split)
+        before = self._rates.get(name, rate)
+        self._rates[name] = before + _RATE_WEIGHT * (rate - before)
+
+    def _alone(self, step: Step, split: Split | None) -> float:
+        regime = self._regimes.get(("solo", step.kind, _name(split)))
+        return regime.expected(_features(step)) if regime is not None else math.nan
 
     # -- report and persistence -------------------------------------------------------------------------
 
     @property
     def samples(self) -> int:
-        return sum(len(r.samples) for r in (*self._solo.values(), *self._extra.values()))
+        return sum(map(len, self._regimes.values()))
 
     @property
     def median_error(self) -> float | None:
@@ -151,30 +135,24 @@ class Predictor:
         """Everything learned, as JSON."""
         return {
             "version": _VERSION,
-            "regimes": {
-                f"{stage}/{kind}": {
-                    "samples": [[*features, value] for features, value in regime.samples],
-                    "residuals": list(regime.residuals),
-                }
-                for stage, kind, regime in self._regimes()
-            },
+            "regimes": {"/".join(key): regime.state() for key, regime in self._regimes.items()},
+            "training_rates": dict(self._rates),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state; one from another version is ignored, since it can be learned again."""
         if state.get("version") != _VERSION:
             return
-        for stage, kind, regime in self._regimes():
-            saved: Mapping[str, Sequence[Any]] = state["regimes"].get(f"{stage}/{kind}", {})
-            for *features, value in saved.get("samples", ()):
-                regime.samples.append((features, value))
-            regime.residuals.extend(saved.get("residuals", ()))
-            if len(regime.samples) >= ENOUGH:
-                regime.fit()
+        for key, saved in state["regimes"].items():
+            stage, kind, split = key.split("/", 2)
+            regime = self._regimes.setdefault((stage, kind, split), Regime(self._quantile))
+            regime.restore(saved["samples"], saved["residuals"])
+        self._rates.update(state["training_rates"])
 
-    def _regimes(self) -> list[tuple[str, str, _Regime]]:
-        return [
-            (stage, kind, regime)
-            for stage, regimes in (("solo", self._solo), ("corun", self._extra))
-            for kind, regime in regimes.items()
-        ]
+
+def _features(step: Step) -> Features:
+    return (1.0, float(step.batch), float(step.context_tokens), float(step.prefill_tokens))
+
+
+def _name(split: Split | None) -> str:
+    return split.name if split is not None else ""

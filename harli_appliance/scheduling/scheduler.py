@@ -8,7 +8,7 @@ from __future__ import annotations
 from harli_appliance.config import PolicyName
 from harli_appliance.scheduling.policies import POLICIES, Policy, Situation
 from harli_appliance.scheduling.predictor import Predictor
-from harli_appliance.scheduling.types import Decision, Outlook, Step
+from harli_appliance.scheduling.types import Decision, Outlook, Split, Step
 
 
 class Scheduler:
@@ -33,11 +33,21 @@ class Scheduler:
     def decide(self, step: Step | None, slack_ms: float, outlook: Outlook) -> Decision:
         return self._policy.decide(Situation(step, slack_ms, outlook), self.predictor)
 
-    def observe(self, step: Step, measured_ms: float, *, corun: bool) -> None:
+    def observe(
+        self,
+        step: Step,
+        measured_ms: float,
+        *,
+        corun: bool,
+        split: Split | None = None,
+        fused_tokens: int = 0,
+    ) -> None:
         """Learn from a step.
 
         Args:
             corun: whether training ran beside it for its whole duration; steps that saw only part of a
                 unit belong to neither regime and must not be passed.
+            split: how the device was divided.
+            fused_tokens: training tokens that were in the same pass.
         """
-        self.predictor.observe(step, measured_ms, corun=corun)
+        self.predictor.observe(step, measured_ms, corun=corun, split=split, fused_tokens=fused_tokens)
