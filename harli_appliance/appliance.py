@@ -180,7 +180,7 @@ class Appliance:
         self._pool = SlotPool(
             self._slots,
             watermark=settings.memory.watermark,
-            evict_cache=settings.memory.evict_cache_for_training,
+            keep_cached=settings.memory.keep_cached,
         )
         if self._finetunes:
             twin = await self._training.run(shared_model, self._runtime.model, self._folder)

@@ -78,9 +78,13 @@ class MemorySettings(Section):
         16_384, ge=256, description="KV-cache slots (tokens) that serving and training share."
     )
     watermark: float = Field(0.1, ge=0.0, lt=1.0, description="Share of the pool that training never leases.")
-    evict_cache_for_training: bool = Field(
-        True,
-        description="Whether training may take slots of unused prefix-cache entries; false keeps the cache.",
+    keep_cached: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of the pool up to which training leaves unused prefix-cache entries alone: 0 lets it "
+        "drop them all, 1 none. Kept entries make prompts with a known beginning faster; dropping them lets "
+        "training go on in a full pool.",
     )
 
 

@@ -6,96 +6,67 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from torch import Tensor
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from harli_appliance.memory.pool import Lease, SlotCounts, SlotPool
+from harli_appliance.memory.pool import Lease, Purpose, SlotPool
+from tests.radix_slots import MARGIN, RadixSlots, Request
 
 SIZE = 60
 
 
-class FakeSlots:
-    """A slot source in which serving and the prefix cache take and free slots at will."""
-
-    def __init__(self) -> None:
-        self.size = SIZE
-        self.free = list(range(SIZE))
-        self.serving: list[int] = []
-        self.cached: list[int] = []
-        self.wanted = 0
-
-    def counts(self) -> SlotCounts:
-        return SlotCounts(len(self.free), len(self.cached), len(self.serving))
-
-    def demand(self) -> int:
-        return self.wanted
-
-    def take(self, count: int, *, evict: bool) -> Tensor | None:
-        while evict and len(self.free) < count and self.cached:
-            self.free.append(self.cached.pop())
-        if len(self.free) < count:
-            return None
-        taken, self.free = self.free[:count], self.free[count:]
-        return torch.tensor(taken, dtype=torch.long)
-
-    def give(self, indices: Tensor) -> None:
-        self.free += indices.tolist()
-
-
 class PoolMachine(RuleBasedStateMachine):
-    def __init__(self) -> None:
-        super().__init__()
-        self.source = FakeSlots()
-        self.pool = SlotPool(self.source, watermark=0.1)
-        self.leases: list[Lease] = []
-        self.revocations = 0
+    """Serving (submit, tick, finish, cancel, evict) and holders (lease, release, crash) in any order."""
 
-    @rule(count=st.integers(1, 30))
-    def lease(self, count: int) -> None:
+    @initialize(watermark=st.sampled_from([0.0, 0.1]), keep=st.sampled_from([0.0, 0.2, 1.0]))
+    def build(self, watermark: float, keep: float) -> None:
+        self.source = RadixSlots(SIZE)
+        self.reserve, self.keep = int(SIZE * watermark), int(SIZE * keep)
+        self.pool = SlotPool(self.source, watermark=watermark, keep_cached=keep)
+        self.leases: list[Lease] = []
+
+    # -- training ------------------------------------------------------------------------------------------
+
+    @rule(count=st.integers(1, 30), contiguous=st.booleans())
+    def lease(self, count: int, contiguous: bool) -> None:
+        self.pool.settle()
         before = self.source.counts()
-        lease = self.pool.grant(count, self.on_revoke)
+        purpose: Purpose = "adapter" if contiguous else "activations"
+        grant = self.pool.grant_contiguous if contiguous else self.pool.grant
+        lease = grant(count, lambda: None, holder="job", purpose=purpose)
         if lease is None:
             return
         self.leases.append(lease)
-        assert len(lease) == count
-        left = before.free + before.cached + self.returned - count
-        assert left >= self.source.wanted + 6, "the watermark and serving's demand stay untouched"
-
-    @property
-    def returned(self) -> int:
-        return SIZE - sum(self.held()) - sum(vars_of(self.source.counts()))
-
-    def held(self) -> list[int]:
-        return [len(lease) for lease in self.leases]
-
-    def on_revoke(self) -> None:
-        self.revocations += 1
+        slots = lease.indices.tolist()
+        assert len(lease) == count == len(set(slots))
+        if contiguous:
+            assert slots == list(range(slots[0], slots[0] + count))
+        left = self.source.counts()
+        assert left.free + left.cached >= self.source.demand() + self.reserve
+        dropped = before.cached - left.cached
+        longest = max((len(entry) for entry in self.source.cache), default=0) + SIZE * (dropped > 0)
+        assert left.cached >= min(before.cached, self.keep) - longest, "entries are dropped whole, no more"
+        assert dropped == 0 or self.keep < SIZE
 
     @precondition(lambda self: self.leases)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), twice=st.booleans())
+    def release_or_crash(self, data: st.DataObject, twice: bool) -> None:
+        """A holder that ends or fails lets go in its `finally`, perhaps once more than needed."""
         lease = data.draw(st.sampled_from(self.leases))
         lease.release()
-        lease.release()
+        if twice:
+            lease.release()
         self.leases.remove(lease)
 
-    @rule(count=st.integers(0, 40))
-    def serve(self, count: int) -> None:
-        count = min(count, len(self.source.free))
-        self.source.serving += [self.source.free.pop() for _ in range(count)]
+    # -- serving -------------------------------------------------------------------------------------------
 
-    @rule(count=st.integers(0, 40), cache=st.booleans())
-    def finish(self, count: int, cache: bool) -> None:
-        for _ in range(min(count, len(self.source.serving))):
-            slot = self.source.serving.pop()
-            (self.source.cached if cache else self.source.free).append(slot)
-
-    @rule(wanted=st.integers(0, SIZE))
-    def queue(self, wanted: int) -> None:
-        self.source.wanted = min(wanted, SIZE - len(self.source.serving))
+    @rule(prompt=st.integers(1, 40), answer=st.integers(1, 30))
+    def submit(self, prompt: int, answer: int) -> None:
+        if prompt + answer + MARGIN <= SIZE:
+            self.source.waiting.append(Request(prompt, answer))
 
     @rule()
-    def reclaim(self) -> None:
+    def tick(self) -> None:
+        """As the engine does it: settle, reclaim what is short, then SGLang plans and decodes."""
         self.pool.settle()
         shortage = self.pool.shortage()
         for lease in self.pool.revoke(shortage) if shortage else []:
@@ -103,40 +74,121 @@ class PoolMachine(RuleBasedStateMachine):
             lease.release()
             self.leases.remove(lease)
         self.pool.settle()
-        counts = self.source.counts()
-        assert counts.free + counts.cached >= min(self.source.wanted, SIZE - counts.serving)
+        assert self.pool.shortage() == 0
+        self.source.admit()
+        if self.source.waiting and not self.source.running:
+            head = self.source.waiting[0]
+            raise AssertionError(f"{head} fits the pool and waits for memory that training holds")
+        assert self.source.decode(), "a running request got no slot for its next token"
+
+    @precondition(lambda self: self.source.running)
+    @rule(data=st.data(), cache=st.booleans())
+    def finish(self, data: st.DataObject, cache: bool) -> None:
+        self.source.end(data.draw(st.sampled_from(self.source.running)), cache=cache)
+
+    @precondition(lambda self: self.source.waiting)
+    @rule()
+    def cancel_waiting(self) -> None:
+        self.source.waiting.pop()
+
+    @rule(count=st.integers(1, 40))
+    def evict(self, count: int) -> None:
+        self.source.evict(count)
+
+    # -- always --------------------------------------------------------------------------------------------
 
     @invariant()
     def every_slot_has_one_owner(self) -> None:
+        if not hasattr(self, "pool"):
+            return
         self.pool.settle()
+        source = self.source
         owned = [slot for lease in self.leases for slot in lease.indices.tolist()]
-        everything = [*self.source.free, *self.source.serving, *self.source.cached, *owned]
-        assert sorted(everything) == list(range(SIZE))
+        served = [slot for request in source.running for slot in (*request.slots, *(request.cached or ()))]
+        cached = [slot for entry in source.cache for slot in entry]
+        assert sorted([*source.free, *served, *cached, *owned]) == list(range(SIZE))
         use = self.pool.use()
         assert use.free + use.serving + use.cached + use.leased == use.slots == SIZE
-        assert use.leased == len(owned) <= use.leased_max
+        assert use.leased == len(owned) == sum(lease.slots for lease in use.leases) <= use.leased_max
 
-
-def vars_of(counts: SlotCounts) -> tuple[int, int, int]:
-    return counts.free, counts.cached, counts.serving
+    def teardown(self) -> None:
+        """Whatever happened, when all have ended every slot is free again."""
+        if not hasattr(self, "pool"):
+            return
+        for lease in self.leases:
+            lease.release()
+        self.pool.settle()
+        for request in list(self.source.running):
+            self.source.end(request, cache=False)
+        self.source.evict(SIZE)
+        assert sorted(self.source.free) == list(range(SIZE))
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
+TestPool.settings = settings(max_examples=2000, stateful_step_count=15, deadline=None)
 
 
-def test_the_prefix_cache_is_kept_when_policy_says_so() -> None:
-    source = FakeSlots()
-    source.cached, source.free = source.free[:50], source.free[50:]
-    keeping = SlotPool(source, watermark=0.0, evict_cache=False)
-    assert keeping.grant(20, lambda: None) is None
-    assert len(source.cached) == 50
-    evicting = SlotPool(source, watermark=0.0, evict_cache=True)
-    lease = evicting.grant(20, lambda: None)
+def cached_pool(keep: float) -> tuple[RadixSlots, SlotPool]:
+    """50 of 60 slots cached in entries of five."""
+    source = RadixSlots(SIZE)
+    source.cache = [source.free[at : at + 5] for at in range(0, 50, 5)]
+    source.free = source.free[50:]
+    return source, SlotPool(source, watermark=0.0, keep_cached=keep)
+
+
+@pytest.mark.parametrize(("keep", "most"), [(1.0, 10), (0.5, 30), (0.0, 60)])
+def test_the_prefix_cache_is_kept_as_far_as_policy_says(keep: float, most: int) -> None:
+    source, pool = cached_pool(keep)
+    assert pool.grant(most + 1, lambda: None) is None
+    assert sum(map(len, source.cache)) == 50
+    lease = pool.grant(most, lambda: None)
     assert lease is not None
-    assert len(source.cached) == 40
+    assert sum(map(len, source.cache)) == SIZE - most
 
 
-def test_a_watermark_must_be_a_share() -> None:
-    with pytest.raises(ValueError, match="watermark"):
-        SlotPool(FakeSlots(), watermark=1.0)
+def test_activations_are_revoked_before_adapters_and_the_newest_first() -> None:
+    pool = SlotPool(RadixSlots(SIZE), watermark=0.0)
+    revoked: list[str] = []
+
+    def lease(name: str, purpose: Purpose) -> Lease:
+        made = pool.grant(10, lambda: revoked.append(name), holder=name, purpose=purpose)
+        assert made is not None
+        return made
+
+    older, adapter, newer = lease("a", "activations"), lease("b", "adapter"), lease("c", "activations")
+    assert [use.holder for use in pool.use().leases] == ["a", "b", "c"]
+    assert pool.revoke(10) == [newer]
+    assert pool.revoke(10) == [newer], "what is on its way back counts"
+    assert pool.revoke(11) == [newer, older]
+    assert pool.revoke(21) == [newer, older, adapter]
+    assert revoked == ["c", "a", "b"]
+    assert pool.use().reclaims == 3
+
+
+def test_a_holder_is_awaited_until_it_lets_go() -> None:
+    import asyncio
+
+    async def scenario() -> None:
+        pool = SlotPool(RadixSlots(SIZE), watermark=0.0)
+        lease = pool.grant(5, lambda: None)
+        assert lease is not None
+        waiting = asyncio.create_task(lease.released())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        lease.release()
+        await waiting
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("shares", [{"watermark": 1.0}, {"watermark": 0.0, "keep_cached": 1.5}])
+def test_shares_are_shares(shares: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must lie in"):
+        SlotPool(RadixSlots(SIZE), **shares)
+
+
+def test_indices_are_torch_indices() -> None:
+    lease = SlotPool(RadixSlots(SIZE), watermark=0.0).grant_contiguous(7, lambda: None)
+    assert lease is not None
+    assert lease.indices.dtype == torch.int64
+    assert lease.purpose == "adapter"

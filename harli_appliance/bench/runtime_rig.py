@@ -49,7 +49,7 @@ class Bench:
     async def engine(self) -> AsyncIterator[Engine]:
         """An engine that ticks, training off."""
         slots = await self.lane.run(SglangSlots, self.runtime)
-        pool = SlotPool(slots, watermark=0.1, evict_cache=True)
+        pool = SlotPool(slots, watermark=0.1, keep_cached=0.0)
         training = Lane("training", cpu_partition().training)
         engine = Engine(
             self.runtime,

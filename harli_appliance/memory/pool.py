@@ -7,9 +7,9 @@ Invariants (checked by `check`, by property tests, and by SGLang's own leak chec
   the watermark; when they come to need more, leases are reclaimed and a holder lets go within one work unit;
 - no slot is handed out twice, and none is lost when a holder fails.
 
-`grant`, `settle`, `shortage` and `use` run on the inference lane between steps, where the slot source may be
-touched; `revoke` and `Lease.release` on the event loop. Released slots return at the next `settle`. Knows slots
-and leases; does not know what a lease is for, nor SGLang.
+`grant`, `grant_contiguous`, `settle`, `shortage` and `use` run on the inference lane between steps, where the
+slot source may be touched; `revoke` and `Lease.release` on the event loop. Released slots return at the next
+`settle`. Knows slots and leases; does not know what lies in a lease, nor SGLang.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
+
+Purpose = Literal["activations", "adapter"]
+"""What a lease is for, which is how dear it is to lose: activations can be computed again, an adapter's state
+must be copied away first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +43,34 @@ class SlotSource(Protocol):
     def size(self) -> int: ...
     def counts(self) -> SlotCounts: ...
     def demand(self) -> int: ...
-    def take(self, count: int, *, evict: bool) -> Tensor | None: ...
+    def take(self, count: int, *, evict: int) -> Tensor | None:
+        """`count` free slots, for which at most `evict` cached ones may be dropped."""
+        ...
+
+    def take_contiguous(self, count: int, *, evict: int) -> Tensor | None:
+        """The same, with consecutive indices in ascending order."""
+        ...
+
     def give(self, indices: Tensor) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
+class LeaseUse:
+    """Who holds a lease, for what, and how many slots."""
+
+    holder: str
+    purpose: Purpose
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
 class PoolUse:
-    """Slots by owner at one moment; free + serving + cached + leased = slots."""
+    """Slots by owner at one moment; free + serving + cached + leased = slots.
+
+    Attributes:
+        leases: every lease, the oldest first.
+        forecast: slots that admitted and waiting requests may still ask for (`SlotSource.demand`).
+    """
 
     slots: int
     free: int
@@ -54,17 +79,28 @@ class PoolUse:
     leased: int
     leased_max: int
     reclaims: int
+    leases: tuple[LeaseUse, ...] = ()
+    forecast: int = 0
 
 
 class Lease:
     """Slots held by one holder until `release`.
 
     `indices` is int64 of shape [slots]. Once `revoked` is true the holder must release at its next unit
-    boundary; what lies in the slots is lost.
+    boundary; what it does not copy away before is lost.
     """
 
-    def __init__(self, indices: Tensor, on_revoke: Callable[[], None], on_release: Callable[[Lease], None]):
+    def __init__(
+        self,
+        indices: Tensor,
+        holder: str,
+        purpose: Purpose,
+        on_revoke: Callable[[], None],
+        on_release: Callable[[Lease], None],
+    ):
         self.indices = indices
+        self.holder = holder
+        self.purpose = purpose
         self.revoked = False
         self._on_revoke = on_revoke
         self._on_release = on_release
@@ -95,19 +131,22 @@ class SlotPool:
 
     Args:
         watermark: share of all slots that is never leased, in [0, 1).
-        evict_cache: whether a lease may drop unused prefix-cache entries. Those speed up later requests that
-            share a prefix, so keeping them costs training memory and dropping them costs serving time.
+        keep_cached: share of all slots up to which unused prefix-cache entries are kept from leases, in [0, 1].
+            They speed up later requests that share a prefix: keeping them costs training memory, dropping
+            them costs serving time. Serving itself evicts what it needs, whatever this says.
     """
 
-    def __init__(self, source: SlotSource, *, watermark: float, evict_cache: bool = True) -> None:
+    def __init__(self, source: SlotSource, *, watermark: float, keep_cached: float = 0.0) -> None:
         if not 0.0 <= watermark < 1.0:
             raise ValueError(f"watermark must lie in [0, 1), got {watermark}")
+        if not 0.0 <= keep_cached <= 1.0:
+            raise ValueError(f"keep_cached must lie in [0, 1], got {keep_cached}")
         self._source = source
         self._reserve = int(source.size * watermark)
-        self._evict_cache = evict_cache
+        self._keep_cached = int(source.size * keep_cached)
         self._lock = threading.Lock()
         self._returned: list[Lease] = []
-        self._held: set[Lease] = set()
+        self._held: dict[Lease, None] = {}  # in the order of their granting
         self._leased = 0
         self._leased_max = 0
         self._reclaims = 0
@@ -121,23 +160,54 @@ class SlotPool:
         """The most that can ever be leased at once, with nothing served."""
         return self._source.size - self._reserve
 
-    def grant(self, count: int, on_revoke: Callable[[], None]) -> Lease | None:
-        """Lease `count` slots, or None while serving needs them.
+    def grant(
+        self,
+        count: int,
+        on_revoke: Callable[[], None],
+        *,
+        holder: str = "",
+        purpose: Purpose = "activations",
+    ) -> Lease | None:
+        """Lease any `count` slots, or None while serving needs them.
 
         Args:
             on_revoke: called on the event loop, at most once, when the lease must be given up.
+            holder: whose lease it is, for the ledger.
         """
+        return self._grant(self._source.take, count, on_revoke, holder, purpose)
+
+    def grant_contiguous(
+        self,
+        count: int,
+        on_revoke: Callable[[], None],
+        *,
+        holder: str = "",
+        purpose: Purpose = "adapter",
+    ) -> Lease | None:
+        """Lease `count` slots with consecutive indices; None while serving needs them or no run is that long."""
+        return self._grant(self._source.take_contiguous, count, on_revoke, holder, purpose)
+
+    def _grant(
+        self,
+        take: Callable[..., Tensor | None],
+        count: int,
+        on_revoke: Callable[[], None],
+        holder: str,
+        purpose: Purpose,
+    ) -> Lease | None:
         self.settle()
         counts = self._source.counts()
-        spare = counts.free + (counts.cached if self._evict_cache else 0)
-        if spare - self._source.demand() - self._reserve < count:
+        evictable = max(0, counts.cached - self._keep_cached)
+        # Serving may take every cached slot, so its demand is held against those before free ones.
+        spare = min(counts.free + evictable, counts.free + counts.cached - self._source.demand())
+        if spare - self._reserve < count:
             return None
-        indices = self._source.take(count, evict=self._evict_cache)
+        indices = take(count, evict=evictable)
         if indices is None:
             return None
-        lease = Lease(indices, on_revoke, self._take_back)
+        lease = Lease(indices, holder, purpose, on_revoke, self._take_back)
         with self._lock:
-            self._held.add(lease)
+            self._held[lease] = None
             self._leased += count
             self._leased_max = max(self._leased_max, self._leased)
         return lease
@@ -146,7 +216,8 @@ class SlotPool:
         """Give the slots of released leases back to the source."""
         with self._lock:
             returned, self._returned = self._returned, []
-            self._held.difference_update(returned)
+            for lease in returned:
+                del self._held[lease]
             self._leased -= sum(map(len, returned))
         for lease in returned:
             self._source.give(lease.indices)
@@ -159,10 +230,15 @@ class SlotPool:
         return max(0, min(self._leased, self._source.demand() - counts.free - counts.cached))
 
     def revoke(self, slots: int) -> list[Lease]:
-        """Ask holders of at least `slots` slots to let go; await `Lease.released` of what is returned."""
+        """Ask holders of at least `slots` slots to let go; await `Lease.released` of what is returned.
+
+        What is least dear goes first: leases that are on their way back already, then activations from the
+        newest on (the least work is in them), then adapters, the newest first.
+        """
         wanted: list[Lease] = []
         with self._lock:
-            for lease in self._held:
+            newest = list(reversed(self._held))
+            for lease in sorted(newest, key=lambda lease: (not lease.revoked, lease.purpose == "adapter")):
                 if sum(map(len, wanted)) >= slots:
                     break
                 wanted.append(lease)
@@ -174,6 +250,8 @@ class SlotPool:
     def use(self) -> PoolUse:
         """Who owns what now."""
         counts = self._source.counts()
+        with self._lock:
+            leases = tuple(LeaseUse(lease.holder, lease.purpose, len(lease)) for lease in self._held)
         return PoolUse(
             slots=self.size,
             free=counts.free,
@@ -182,6 +260,8 @@ class SlotPool:
             leased=self._leased,
             leased_max=self._leased_max,
             reclaims=self._reclaims,
+            leases=leases,
+            forecast=self._source.demand(),
         )
 
     def _take_back(self, lease: Lease) -> None:
