@@ -21,8 +21,8 @@ from pydantic_settings import (
 )
 
 from harli_appliance.errors import ConfigError
-
-PolicyName = Literal["serve_only", "train_only", "time_slice", "spatial"]
+from harli_appliance.scheduling.names import DEFAULT_POLICY, POLICY_NAMES
+from harli_appliance.schema import PolicyName
 
 CONFIG_FILE = "harli.toml"
 
@@ -67,7 +67,11 @@ class SloSettings(Section):
 
 
 class SchedulingSettings(Section):
-    policy: PolicyName = Field("spatial", description="How serving and training share the device.")
+    policy: PolicyName = Field(
+        DEFAULT_POLICY,
+        description="How serving and training share the device.",
+        json_schema_extra={"enum": list(POLICY_NAMES)},
+    )
     bound_quantile: float = Field(
         0.99, gt=0.5, lt=1.0, description="Share of steps that must stay under the predicted bound."
     )

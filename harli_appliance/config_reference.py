@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -135,10 +135,18 @@ _EXAMPLES = {
 
 def _values(field: FieldInfo) -> str:
     if get_origin(field.annotation) is Literal:
-        return ", ".join(f"`{choice}`" for choice in get_args(field.annotation))
+        return _choices(get_args(field.annotation))
+    if isinstance(field.json_schema_extra, dict) and isinstance(
+        choices := field.json_schema_extra.get("enum"), list
+    ):
+        return _choices(choices)
     return ", ".join(
         f"{_SIGNS[type(bound)]} {astuple(bound)[0]:g}" for bound in field.metadata if type(bound) in _SIGNS
     )
+
+
+def _choices(choices: Iterable[object]) -> str:
+    return ", ".join(f"`{choice}`" for choice in choices)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,26 @@ Times are seconds since the epoch unless a name ends in ``_ms`` or ``_s``.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from harli_appliance.errors import UsageError
+from harli_appliance.scheduling.names import check_policy
 
 Mode = Literal["idle", "pause", "time_slice", "partition", "training"]
 """What a tick does: nothing; serve while training waits; alternate; both lanes at once; train only."""
+
+
+def _known_policy(name: str) -> str:
+    try:
+        return check_policy(name)
+    except UsageError as error:  # pydantic names the field at fault only for a ValueError
+        raise ValueError(error.message) from error
+
+
+PolicyName = Annotated[str, AfterValidator(_known_policy)]
+"""One of `scheduling.names.POLICY_NAMES`."""
 
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
@@ -157,6 +171,6 @@ class Timeline(Wire):
 class PolicyChange(Wire):
     """Body of ``POST /harli/v1/policy``; fields left out stay as they are."""
 
-    policy: Literal["serve_only", "train_only", "time_slice", "spatial"] | None = None
+    policy: PolicyName | None = None
     slo_tpot_ms: float | None = None
     slo_ttft_ms: float | None = None

@@ -25,7 +25,7 @@ from harli_appliance.config import Settings
 from harli_appliance.schema import ModelView, PolicyChange, Status
 
 TICK_S = 0.01
-TOKENS_PER_S = {"serve_only": 0, "train_only": 1000, "spatial": 700, "time_slice": 500}
+TOKENS_PER_S = {"serve_only": 0, "train_only": 1000, "adaptive": 700, "time_slice": 500}
 STEPS, TOKENS_PER_STEP = 40, 25
 ADAPTER = "ft:smollm2:zindle"
 
@@ -53,7 +53,7 @@ class DemoAppliance(FakeAppliance):
             text = "A small copper whistle that calls Bees back. "
         else:
             text = "An old <Egyptian> artifact. "
-        if self.misbehave == "drift" and self.status_now.policy == "spatial":
+        if self.misbehave == "drift" and self.status_now.policy == "adaptive":
             text = "something else "
         return PacedGeneration(words(*[text] * (call.max_tokens or 8), finish="length"))
 

@@ -91,7 +91,7 @@ def make_status(**changes: object) -> Status:
         uptime_s=3723.0,
         model=BASE,
         device="CPU, 2 cores",
-        policy="spatial",
+        policy="adaptive",
         mode="partition",
         reason="slack",
         slo=SloView(tpot_ms=250.0, ttft_ms=10_000.0, attainment=0.995),

@@ -69,10 +69,12 @@ async def test_the_policy_can_be_changed(http: aiohttp.ClientSession, port: Fake
         status = await response.json()
     assert (status["policy"], status["slo"]["tpot_ms"]) == ("time_slice", 99.0)
     assert port.changes == [PolicyChange(policy="time_slice", slo_tpot_ms=99.0)]
-    for body in ({"policy": "best"}, {"slo_tpot_ms": 0}, {"polcy": "spatial"}):
+    for body in ({"policy": "best"}, {"slo_tpot_ms": 0}, {"polcy": "adaptive"}):
         async with http.post("/harli/v1/policy", json=body) as response:
             assert response.status == 400
-            assert (await response.json())["error"]["param"] == next(iter(body))
+            error = (await response.json())["error"]
+            assert error["param"] == next(iter(body))
+            assert ("choose one of adaptive, time_slice" in error["message"]) == ("policy" in body)
 
 
 def values(status: Status) -> dict[tuple[str, str], float]:

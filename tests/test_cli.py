@@ -187,7 +187,7 @@ def test_top_once(port: FakeAppliance, out: Out) -> None:
     for piece in ("target 250 ms", "core 0", "leased 6,144", "31/100", "both at once", "52.5 tokens/s"):
         assert piece in stdout
     assert run(["top", "--json"]) == 0
-    assert json.loads(out()[0])["policy"] == "spatial"
+    assert json.loads(out()[0])["policy"] == "adaptive"
 
 
 def test_doctor(port: FakeAppliance, out: Out) -> None:
@@ -446,7 +446,7 @@ def test_serve_hands_its_flags_over(executed: list[list[str]]) -> None:
     ("flags", "word"),
     [
         (["--port", "99999"], "server.port"),
-        (["--policy", "best"], "scheduling.policy"),
+        (["--policy", "best"], "no such policy; choose one of adaptive, time_slice"),
         (["--config", "none.toml"], "no such file"),
         (["--set", "memory.pool_slot=5"], "did you mean 'memory.pool_slots'"),
         (["--slo-tpot", "fast"], "no duration"),

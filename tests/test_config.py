@@ -109,7 +109,10 @@ def test_a_secret_is_not_shown():
         ("zzz = 1\n", r"unknown setting 'zzz': docs/configuration\.md lists"),
         ("[server]\nport = 70000\n", r"setting 'server\.port' is wrong: .*65535 \(got 70000\)"),
         ('[server]\nport = "a"\n', r"setting 'server\.port' is wrong"),
-        ('[scheduling]\npolicy = "fast"\n', r"'scheduling\.policy' is wrong: .*spatial"),
+        (
+            '[scheduling]\npolicy = "fast"\n',
+            r"'scheduling\.policy' is wrong: .*choose one of adaptive, time_slice",
+        ),
         ("[slo]\ntpot_ms = nan\n", r"'slo\.tpot_ms' is wrong"),
         ("[server\n", "not valid TOML"),
         ("server = 3\n", "setting 'server' is wrong"),

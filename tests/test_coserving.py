@@ -132,7 +132,7 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
     codec = TextCodec(serving.folder)
     twin = shared_model(serving.runtime.model, serving.folder)
 
-    async def build(policy: Any = "spatial", job: Job | None = None, watermark: float = 0.1) -> Rig:
+    async def build(policy: Any = "adaptive", job: Job | None = None, watermark: float = 0.1) -> Rig:
         queue = FakeQueue(job or a_job(), lesson)
         pool = SlotPool(serving.slots, watermark=watermark)
         pools.append(pool)
@@ -194,7 +194,7 @@ def test_the_twin_copies_nothing_and_computes_the_same(serving: Serving, referen
         assert_shared(reference, serving.runtime.model)
 
 
-@pytest.mark.parametrize("policy", ["spatial", "time_slice"])
+@pytest.mark.parametrize("policy", ["adaptive", "time_slice"])
 async def test_served_tokens_are_the_same_with_training(
     rig: RigFactory, serving: Serving, reference: Any, policy: str
 ) -> None:

@@ -117,7 +117,7 @@ def test_a_good_run_meets_its_goals_and_reports_them(
     assert report["machine"]["cores"] >= 1
     # the appliance was the demo's own: none of the person's settings, its own home, its own folder
     policies = [line.split()[1] for line in outcome.log.splitlines() if line.startswith("policy")]
-    assert policies == ["serve_only", "train_only", "spatial"]
+    assert policies == ["serve_only", "train_only", "adaptive"]
     assert "variables HARLI_HOME\n" in outcome.log
     assert f"home {outcome.home / 'demo'}/run-" in outcome.log
     assert f"model.path={outcome.home / 'models' / BASE}" in outcome.log

@@ -126,7 +126,7 @@ async def rig() -> AsyncIterator[tuple[Engine, ScriptedRuntime, NoTraining]]:
     engine = Engine(
         runtime,
         pool,
-        Scheduler(Predictor(), "spatial"),
+        Scheduler(Predictor(), "adaptive"),
         trainer,  # type: ignore[arg-type]
         SloTracker(100, 1000),
         inference,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harli_appliance.engine.slo import SloTracker
-from harli_appliance.scheduling.policies import POLICIES, Situation
+from harli_appliance.scheduling.policies import Situation, make_policy
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.regime import ENOUGH
 from harli_appliance.scheduling.scheduler import Scheduler
@@ -107,7 +107,7 @@ def test_it_adapts_when_the_device_becomes_slower() -> None:
 def decide(
     policy: str, step: Step | None, slack: float, outlook: Outlook, predictor: Predictor | None = None
 ):
-    return POLICIES[policy]().decide(Situation(step, slack, outlook), predictor or taught())  # type: ignore[index]
+    return make_policy(policy).decide(Situation(step, slack, outlook), predictor or taught())
 
 
 STEP = Step("decode", 4, 400)
@@ -124,12 +124,12 @@ STEP = Step("decode", 4, 400)
         ("time_slice", STEP, 1e6, READY, "time_slice"),
         ("time_slice", STEP, 100.0, READY, "pause"),
         ("time_slice", None, math.inf, READY, "training"),
-        ("spatial", STEP, 1e6, READY, "partition"),
-        ("spatial", STEP, 60.0, READY, "pause"),
-        ("spatial", STEP, -5.0, READY, "pause"),
-        ("spatial", STEP, 1e6, IDLE, "pause"),
-        ("spatial", None, math.inf, READY, "training"),
-        ("spatial", None, math.inf, IDLE, "idle"),
+        ("adaptive", STEP, 1e6, READY, "partition"),
+        ("adaptive", STEP, 60.0, READY, "pause"),
+        ("adaptive", STEP, -5.0, READY, "pause"),
+        ("adaptive", STEP, 1e6, IDLE, "pause"),
+        ("adaptive", None, math.inf, READY, "training"),
+        ("adaptive", None, math.inf, IDLE, "idle"),
     ],
 )
 def test_what_each_policy_does(
@@ -141,7 +141,7 @@ def test_what_each_policy_does(
     assert decision.serve == (mode in ("pause", "time_slice", "partition"))
 
 
-@pytest.mark.parametrize("policy", ["time_slice", "spatial"])
+@pytest.mark.parametrize("policy", ["time_slice", "adaptive"])
 def test_nothing_known_means_no_training_beside_requests(policy: str) -> None:
     decision = decide(policy, STEP, 1e6, READY, Predictor())
     assert (decision.mode, decision.units) == ("pause", 0)
@@ -158,7 +158,7 @@ def test_time_slices_fill_the_slack_and_no_more() -> None:
 
 
 def test_only_train_only_keeps_requests_waiting() -> None:
-    scheduler = Scheduler(Predictor(), "spatial")
+    scheduler = Scheduler(Predictor(), "adaptive")
     assert scheduler.admits(READY)
     scheduler.use("train_only")
     assert not scheduler.admits(READY)

@@ -62,7 +62,7 @@ async def test_it_shows_what_the_appliance_says(port: FakeAppliance) -> None:
         screen = shown(app)
         for piece in (
             "ready 1h 02m",
-            "policy spatial",
+            "policy adaptive",
             "smollm2-135m-instruct",
             "CPU, 2 cores",
             "target 250 ms",
@@ -126,7 +126,7 @@ async def test_a_wrong_key_is_said(port: FakeAppliance) -> None:
 
 async def test_the_policy_changes_only_after_enter(port: FakeAppliance) -> None:
     async with listening(port) as listener, opened(listener.url) as (app, pilot):
-        await until(pilot, lambda: "policy spatial" in shown(app))
+        await until(pilot, lambda: "policy adaptive" in shown(app))
         await pilot.press("p")
         await until(pilot, lambda: "Change the policy to time_slice?" in shown(app))
         await pilot.press("escape")

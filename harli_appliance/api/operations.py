@@ -14,9 +14,8 @@ from pydantic import Field
 from harli_appliance.api.bodies import Body, Query, read_body, read_query
 from harli_appliance.api.metrics import exposition
 from harli_appliance.api.ports import Operations
-from harli_appliance.config import PolicyName
 from harli_appliance.errors import ApplianceUnavailable
-from harli_appliance.schema import PolicyChange
+from harli_appliance.schema import PolicyChange, PolicyName
 
 
 class TimelineQuery(Query):

@@ -18,7 +18,6 @@ from harli_appliance.bench.progress import Narrator, Step
 from harli_appliance.bench.replay import Record, Slo, percentiles, replay
 from harli_appliance.bench.workload import Traffic, bursty, for_seconds
 from harli_appliance.client import HarliClient
-from harli_appliance.config import PolicyName
 from harli_appliance.errors import EngineFault, JobFailed
 from harli_appliance.schema import JobStatus, PolicyChange, Sample, Status
 
@@ -236,7 +235,7 @@ class DemoRun:
     async def _both(self, job: str) -> list[Record]:
         """Bursty requests for as long as the job runs."""
         plan = self._plan
-        await self._set_policy("spatial")
+        await self._set_policy("adaptive")
         stop = asyncio.Event()
         earlier = for_seconds(bursty(plan.seed, plan.traffic), plan.serve_only_s)
         requests = bursty(plan.seed + 1, plan.traffic, repeats=earlier)
@@ -300,7 +299,7 @@ class DemoRun:
                 await asyncio.sleep(0.2)
         return name
 
-    async def _set_policy(self, policy: PolicyName) -> None:
+    async def _set_policy(self, policy: str) -> None:
         await self._client.change_policy(PolicyChange(policy=policy))
 
 

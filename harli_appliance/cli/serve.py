@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from harli_appliance.scheduling.names import POLICY_NAMES
+
 MODULE = "harli_appliance.serve"
 
 
@@ -60,7 +62,9 @@ def serve(
         str | None,
         typer.Option(metavar="DURATION", help="Promised time per output token, e.g. 200ms."),
     ] = None,
-    policy: Annotated[str | None, typer.Option(help="serve_only, train_only, time_slice or spatial.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(metavar="NAME", help=f"One of {', '.join(POLICY_NAMES)}.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; may be given several times."),

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import structlog
 
-from harli_appliance.config import PolicyName
 from harli_appliance.engine.lanes import Lane
 from harli_appliance.engine.slo import RequestTiming, SloTracker
 from harli_appliance.engine.streams import TokenStream
@@ -130,7 +129,7 @@ class Engine:
         """Make an idle engine look again: something arrived or changed."""
         self._work.set()
 
-    def use_policy(self, policy: PolicyName) -> None:
+    def use_policy(self, policy: str) -> None:
         self._scheduler.use(policy)
         self.wake()
 

@@ -5,8 +5,7 @@ Joins the predictor with the policy in force. Knows no torch, no lanes and no cl
 
 from __future__ import annotations
 
-from harli_appliance.config import PolicyName
-from harli_appliance.scheduling.policies import POLICIES, Policy, Situation
+from harli_appliance.scheduling.policies import Policy, Situation, make_policy
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.types import Decision, Outlook, Split, Step
 
@@ -15,16 +14,21 @@ class Scheduler:
     """Chooses mode and work units for every tick.
 
     Args:
-        policy: name of the policy to start with; see `POLICIES`.
+        policy: name of the policy to start with; see `names.POLICY_NAMES`.
     """
 
-    def __init__(self, predictor: Predictor, policy: PolicyName) -> None:
+    def __init__(self, predictor: Predictor, policy: str) -> None:
         self.predictor = predictor
         self.use(policy)
 
-    def use(self, policy: PolicyName) -> None:
-        self.policy_name: PolicyName = policy
-        self._policy: Policy = POLICIES[policy]()
+    def use(self, policy: str) -> None:
+        """Follow another policy from now on.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        self._policy: Policy = make_policy(policy)
+        self.policy_name = policy
 
     def admits(self, outlook: Outlook) -> bool:
         """Whether requests may be planned now; only `train_only` holds them back."""

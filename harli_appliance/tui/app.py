@@ -38,7 +38,8 @@ POLL_S = 0.5
 DRAW_S = 1.0
 """Plots are nearly all of the dashboard's work, and that machine has other things to do."""
 
-POLICIES = ("spatial", "time_slice", "serve_only", "train_only")
+POLICIES = ("adaptive", "time_slice", "serve_only", "train_only")
+"""What `p` offers: one of each kind; the API takes every policy."""
 
 
 class HarliTop(App[None]):

@@ -1,0 +1,25 @@
+"""The names that policies have, for settings, requests and flags.
+
+Knows no policy: what a name stands for is built by `scheduling.policies.make_policy`. Imports no
+library, so that a command line can list the names at once.
+"""
+
+from __future__ import annotations
+
+from harli_appliance.errors import UsageError
+
+POLICY_NAMES = ("adaptive", "time_slice", "serve_only", "train_only")
+"""Every policy; the first is the default."""
+
+DEFAULT_POLICY = POLICY_NAMES[0]
+
+
+def check_policy(name: str) -> str:
+    """`name`, when there is a policy of that name.
+
+    Raises:
+        UsageError: there is none; lists the known ones.
+    """
+    if name not in POLICY_NAMES:
+        raise UsageError(f"no such policy; choose one of {', '.join(POLICY_NAMES)}", param="policy")
+    return name

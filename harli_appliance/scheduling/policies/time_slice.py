@@ -1,0 +1,28 @@
+"""One after the other: after a step, as many whole units as the slack leaves room for."""
+
+from __future__ import annotations
+
+import math
+
+from harli_appliance.scheduling.policies.policy import Situation, pause, without_serving
+from harli_appliance.scheduling.types import UNLIMITED, Costs, Decision
+
+MOST_UNITS = 64
+"""Of one slice, however much room there is: a request that arrives waits for the slice to end."""
+
+
+class TimeSlice:
+    def decide(self, now: Situation, costs: Costs) -> Decision:
+        if now.step is None:
+            return without_serving(now)
+        bound = costs.solo(now.step)
+        if not now.outlook.ready:
+            return pause("no_training_work", bound)
+        if bound is None or not math.isfinite(now.outlook.unit_ms):
+            return pause("no_prediction", bound)
+        # This step and the next one must both fit beside the units that run between them.
+        spare = now.slack_ms - 2 * bound.upper_ms
+        units = UNLIMITED if math.isinf(spare) else max(0, int(spare / now.outlook.unit_ms))
+        if units == 0:
+            return pause("no_slack", bound)
+        return Decision("time_slice", "slack_left", serve=True, units=min(units, MOST_UNITS), bound=bound)
