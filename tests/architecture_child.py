@@ -40,8 +40,9 @@ def train(backbone: Any, adapter: Any, slots: Any) -> list[float]:
     """A few optimizer steps in rows leased from SGLang; the error of each step's gradients against PEFT's."""
     import torch
 
+    from harli_appliance.training.activations import footprint
     from harli_appliance.training.packing import pack
-    from harli_appliance.training.units import MicroBatch, footprint
+    from harli_appliance.training.units import MicroBatch
     from tests.test_units import by_backpropagation, examples
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=2e-2, weight_decay=0.0)
@@ -60,10 +61,9 @@ def train(backbone: Any, adapter: Any, slots: Any) -> list[float]:
                 buffers=(slots.k_buffers, slots.v_buffers),
                 slots=leased,
                 normaliser=learned,
-                window=16,
                 loss_tokens=16,
             )
-            for unit in batch.units():
+            while (unit := batch.next_unit(window=16, layers=2)) is not None:
                 unit.run()
             slots.give(leased)
             gradients = [gradient for layer in batch.gradients for gradient in layer or ()]
@@ -87,7 +87,8 @@ def find(folder: Path) -> dict[str, Any]:
     from harli_appliance.runtime.kv import SglangSlots
     from harli_appliance.runtime.sglang_runtime import SglangRuntime
     from harli_appliance.runtime.weights import shared_model
-    from harli_appliance.training.backbone import Adapter, Backbone
+    from harli_appliance.training.adapter import Adapter
+    from harli_appliance.training.backbone import Backbone
     from tests.test_runtime import prompt
 
     torch.set_num_threads(1)

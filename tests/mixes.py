@@ -80,7 +80,7 @@ def save_random_adapter(model: Any, folder: Path, seed: int) -> None:
     """A LoRA adapter that changes most answers."""
     from peft import LoraConfig, get_peft_model
 
-    from harli_appliance.training.backbone import TARGETS
+    from harli_appliance.training.adapter import TARGETS
 
     config = LoraConfig(r=4 + 2 * seed, lora_alpha=8, target_modules=list(TARGETS), task_type="CAUSAL_LM")
     peft = get_peft_model(copy.deepcopy(model), config)

@@ -16,7 +16,8 @@ from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.engine.lanes import Lane
 from harli_appliance.errors import NotFound, UsageError
 from harli_appliance.runtime.protocol import Sampling, Submission
-from harli_appliance.training.backbone import Adapter, Backbone
+from harli_appliance.training.adapter import Adapter
+from harli_appliance.training.backbone import Backbone
 from tests.conftest import Serving
 from tests.test_runtime import greedy, prompt
 

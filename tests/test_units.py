@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from harli_appliance.training.backbone import Adapter, Backbone
+from harli_appliance.training.activations import footprint
+from harli_appliance.training.adapter import Adapter
+from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.packing import EncodedExample, pack
-from harli_appliance.training.units import MicroBatch, footprint
+from harli_appliance.training.units import MicroBatch
 
 POOL = 2000
+Cut = Callable[[], tuple[int, int]]
+"""Draws the window and the layers of each unit."""
 
 
 def examples(seed: int, lengths: tuple[int, ...]) -> list[EncodedExample]:
@@ -45,7 +52,7 @@ def buffers(backbone: Backbone) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def by_units(
-    backbone: Backbone, adapter: Adapter, data: list[EncodedExample], room: int, window: int, loss_tokens: int
+    backbone: Backbone, adapter: Adapter, data: list[EncodedExample], room: int, cut: Cut, loss_tokens: int
 ) -> tuple[float, list[Tensor]]:
     learned = sum(example.learned_tokens for example in data)
     loss, total = 0.0, [torch.zeros_like(p) for p in adapter.parameters()]
@@ -59,10 +66,9 @@ def by_units(
             buffers=buffers(backbone),
             slots=slots,
             normaliser=learned,
-            window=window,
             loss_tokens=loss_tokens,
         )
-        for unit in batch.units():
+        while (unit := batch.next_unit(*cut())) is not None:
             unit.run()
         loss += batch.loss
         found = [gradient for layer in batch.gradients for gradient in layer or ()]
@@ -93,7 +99,26 @@ def test_gradients_equal_backpropagation(
     trained: tuple[Backbone, Adapter], window: int, room: int, loss_tokens: int
 ) -> None:
     data = examples(window, (50, 33, 90, 7, 20, 140))
-    loss, gradients = by_units(*trained, data, room, window, loss_tokens)
+    loss, gradients = by_units(*trained, data, room, lambda: (window, 1), loss_tokens)
+    wanted_loss, wanted = by_backpropagation(trained[1], data)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert worst_error(gradients, wanted) <= 1e-5
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(2, 60), min_size=1, max_size=4).filter(lambda sizes: max(sizes) >= 4),
+    room=st.integers(1, 160),
+    loss_tokens=st.integers(1, 40),
+    seed=st.integers(0, 2**16),
+)
+def test_every_unit_may_have_another_size(
+    trained: tuple[Backbone, Adapter], lengths: list[int], room: int, loss_tokens: int, seed: int
+) -> None:
+    rng = random.Random(seed)
+    data = examples(seed, tuple(lengths))
+    draw: Cut = lambda: (rng.choice((1, 5, 16, 33, 200)), rng.choice((1, 2, 3, 7)))  # noqa: E731
+    loss, gradients = by_units(*trained, data, room, draw, loss_tokens)
     wanted_loss, wanted = by_backpropagation(trained[1], data)
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     assert worst_error(gradients, wanted) <= 1e-5
@@ -111,7 +136,7 @@ def test_the_comparison_sees_a_small_mistake(trained: tuple[Backbone, Adapter]) 
 
     MicroBatch._past = without_gradient  # type: ignore[method-assign]
     try:
-        _, gradients = by_units(*trained, data, 512, 32, 16)
+        _, gradients = by_units(*trained, data, 512, lambda: (32, 1), 16)
     finally:
         MicroBatch._past = original  # type: ignore[method-assign]
     assert worst_error(gradients, wanted) > 1e-4
@@ -128,23 +153,27 @@ def test_a_micro_batch_leases_what_its_footprint_says(trained: tuple[Backbone, A
             buffers=buffers(backbone),
             slots=torch.arange(footprint(backbone, 40).slots - 1),
             normaliser=1,
-            window=16,
             loss_tokens=16,
         )
 
 
-def test_trained_tokens_are_credited_once(trained: tuple[Backbone, Adapter]) -> None:
+@pytest.mark.parametrize("layers", [1, 3, 100])
+def test_trained_tokens_are_credited_once(trained: tuple[Backbone, Adapter], layers: int) -> None:
     backbone, adapter = trained
     (sequence,) = pack(examples(1, (40,)), 64)
     slots = torch.arange(footprint(backbone, 40).slots)
     batch = MicroBatch(
-        backbone,
-        adapter,
-        sequence,
-        buffers=buffers(backbone),
-        slots=slots,
-        normaliser=1,
-        window=16,
-        loss_tokens=16,
+        backbone, adapter, sequence, buffers=buffers(backbone), slots=slots, normaliser=1, loss_tokens=16
     )
-    assert sum(unit.credit for unit in batch.units()) == pytest.approx(40)
+    credited, kinds = 0.0, []
+    while (unit := batch.next_unit(16, layers)) is not None:
+        again = batch.next_unit(16, layers)
+        assert again is not None
+        assert (again.kind, again.credit) == (unit.kind, unit.credit), "nothing ran in between"
+        unit.run()
+        credited += unit.credit
+        kinds.append(unit.kind)
+    assert credited == pytest.approx(40)
+    assert kinds == sorted(kinds, key=["forward", "loss", "backward"].index)
+    pieces = 3 * len(backbone.layers)
+    assert kinds.count("forward") == kinds.count("backward") == -(-pieces // layers)

@@ -8,7 +8,6 @@ of a step are a function of seed and step, and nothing else draws random numbers
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,9 @@ from torch import Tensor
 from harli_appliance.api.ports import Job
 from harli_appliance.errors import JobFailed
 from harli_appliance.training import checkpoints
-from harli_appliance.training.backbone import Adapter, Backbone
+from harli_appliance.training.activations import Buffers, footprint
+from harli_appliance.training.adapter import Adapter
+from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.dataset import read_examples
 from harli_appliance.training.packing import (
     ChatEncoder,
@@ -29,7 +30,7 @@ from harli_appliance.training.packing import (
     pack,
     steps_in_epoch,
 )
-from harli_appliance.training.units import MicroBatch, footprint
+from harli_appliance.training.units import MicroBatch
 
 WARMUP = 0.1
 """Share of the steps over which the learning rate rises linearly; it falls to 10% along a cosine after."""
@@ -66,11 +67,12 @@ class JobRun:
         data: Path,
         backbone: Backbone,
         encoder: ChatEncoder,
-        buffers: tuple[Sequence[Tensor], Sequence[Tensor]],
+        buffers: Buffers,
         options: RunOptions,
         leasable: int,
     ) -> None:
         self.job = job
+        self.window_tokens = options.window_tokens
         self._backbone = backbone
         self._buffers = buffers
         self._options = options
@@ -129,7 +131,6 @@ class JobRun:
             buffers=self._buffers,
             slots=slots,
             normaliser=max(1, self._learned),
-            window=self._options.window_tokens,
             loss_tokens=LOSS_TOKENS,
         )
 

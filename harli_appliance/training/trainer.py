@@ -191,7 +191,7 @@ class Trainer:
             before = self._tokens
             try:
                 batch = run.begin(index, lease.indices)
-                for unit in batch.units():
+                while (unit := batch.next_unit(run.window_tokens, layers=1)) is not None:
                     if not await self._permitted(run, lease):
                         break
                     await self._execute(unit)

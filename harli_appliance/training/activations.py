@@ -1,0 +1,133 @@
+"""Everything that a micro-batch keeps between its units, in leased rows of the KV buffers.
+
+Per token and layer: K, V and the layer's input; for one layer at a time the gradients of its output, K and V. A
+hidden state takes as many whole rows as its width needs. Knows rows and shapes; does not know in which order units
+fill and read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harli_appliance.memory.rows import RowBlock
+from harli_appliance.training.backbone import Backbone
+
+Buffers = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""K and V buffers, one tensor of shape [slots, kv_width] a layer each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Slots that a micro-batch of `tokens` tokens leases."""
+
+    kv: int
+    hidden: int
+    scratch: int
+
+    @property
+    def slots(self) -> int:
+        return self.kv + self.hidden + self.scratch
+
+
+def footprint(backbone: Backbone, tokens: int) -> Footprint:
+    """Per token: 1 slot of K and V, hidden/(2 kv_width) slots of layer inputs (rounded up to whole rows), and the
+    gradients of one layer's input, K and V spread over the rows of all layers."""
+    rows = -(-backbone.hidden_size // backbone.kv_width)
+    all_layers = 2 * len(backbone.layers)
+    return Footprint(
+        kv=tokens,
+        hidden=-(-tokens * rows // 2),
+        scratch=-(-tokens * (rows + 2) // all_layers),
+    )
+
+
+class Activations:
+    """The rows of one micro-batch.
+
+    Args:
+        slots: leased slot indices, `footprint(...)`.slots of them.
+        tokens: tokens of the micro-batch.
+
+    Raises:
+        ValueError: the lease is not of that size.
+    """
+
+    def __init__(self, backbone: Backbone, buffers: Buffers, slots: Tensor, tokens: int) -> None:
+        size = footprint(backbone, tokens)
+        if len(slots) != size.slots:
+            raise ValueError(f"{tokens} tokens need {size.slots} slots, got {len(slots)}")
+        self._backbone = backbone
+        self._tokens = tokens
+        self._per_hidden = -(-backbone.hidden_size // backbone.kv_width)
+        kv, hidden, scratch = torch.split(slots, [size.kv, size.hidden, size.scratch])
+        k_buffers, v_buffers = buffers
+        layers = range(len(backbone.layers))
+        self._keys = [RowBlock([k_buffers[layer]], kv) for layer in layers]
+        self._values = [RowBlock([v_buffers[layer]], kv) for layer in layers]
+        self._inputs = [RowBlock([k_buffers[layer], v_buffers[layer]], hidden) for layer in layers]
+        # One block holds, row after row: gradient (or final value) of the hidden states, of K, of V.
+        self._scratch = RowBlock([*k_buffers, *v_buffers], scratch)
+        self._grad_k = tokens * self._per_hidden
+        self._grad_v = self._grad_k + tokens
+
+    # K and V are [1, kv heads, n, head size], as attention has them; hidden states are [n, hidden].
+
+    def write_kv(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+        self._keys[layer].write(start, _to_rows(keys))
+        self._values[layer].write(start, _to_rows(values))
+
+    def kv(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return (
+            self._from_rows(self._keys[layer].read(start, stop)),
+            self._from_rows(self._values[layer].read(start, stop)),
+        )
+
+    def write_input(self, layer: int, start: int, hidden: Tensor) -> None:
+        """What a layer reads; one past the last layer is the model's final hidden state."""
+        inputs = self._inputs[layer] if layer < len(self._inputs) else self._scratch
+        self._write_hidden(inputs, start, hidden)
+
+    def input(self, layer: int, start: int, stop: int) -> Tensor:
+        return self._read_hidden(self._inputs[layer], start, stop)
+
+    def write_output_gradient(self, start: int, gradient: Tensor) -> None:
+        """Of the layer that is next to go backward; takes the place of the final hidden state."""
+        self._write_hidden(self._scratch, start, gradient)
+
+    def output_gradient(self, start: int, stop: int) -> Tensor:
+        """The gradient, or the final hidden state where `write_output_gradient` was not called yet."""
+        return self._read_hidden(self._scratch, start, stop)
+
+    def clear_kv_gradients(self) -> None:
+        self._scratch.zero(self._grad_k, self._grad_k + 2 * self._tokens)
+
+    def add_kv_gradients(self, start: int, keys: Tensor, values: Tensor) -> None:
+        self._scratch.add(self._grad_k + start, _to_rows(keys))
+        self._scratch.add(self._grad_v + start, _to_rows(values))
+
+    def kv_gradients(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return (
+            self._from_rows(self._scratch.read(self._grad_k + start, self._grad_k + stop)),
+            self._from_rows(self._scratch.read(self._grad_v + start, self._grad_v + stop)),
+        )
+
+    def _read_hidden(self, block: RowBlock, start: int, stop: int) -> Tensor:
+        rows = block.read(start * self._per_hidden, stop * self._per_hidden)
+        return rows.view(stop - start, -1)[:, : self._backbone.hidden_size]
+
+    def _write_hidden(self, block: RowBlock, start: int, hidden: Tensor) -> None:
+        width = self._per_hidden * self._backbone.kv_width
+        padded = torch.nn.functional.pad(hidden, (0, width - hidden.shape[1]))
+        block.write(start * self._per_hidden, padded.reshape(-1, self._backbone.kv_width))
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        return rows.view(1, len(rows), self._backbone.kv_heads, self._backbone.head_size).transpose(1, 2)
+
+
+def _to_rows(states: Tensor) -> Tensor:
+    """[1, kv heads, n, head size] to [n, kv_width] rows."""
+    return states.detach()[0].transpose(0, 1).reshape(states.shape[2], -1)
