@@ -74,7 +74,9 @@ async def test_the_policy_can_be_changed(http: aiohttp.ClientSession, port: Fake
             assert response.status == 400
             error = (await response.json())["error"]
             assert error["param"] == next(iter(body))
-            assert ("choose one of adaptive, time_slice" in error["message"]) == ("policy" in body)
+            assert ("choose one of adaptive, harli, naive, time_slice" in error["message"]) == (
+                "policy" in body
+            )
 
 
 def values(status: Status) -> dict[tuple[str, str], float]:

@@ -446,7 +446,7 @@ def test_serve_hands_its_flags_over(executed: list[list[str]]) -> None:
     ("flags", "word"),
     [
         (["--port", "99999"], "server.port"),
-        (["--policy", "best"], "no such policy; choose one of adaptive, time_slice"),
+        (["--policy", "best"], "no such policy; choose one of adaptive, harli, naive, time_slice"),
         (["--config", "none.toml"], "no such file"),
         (["--set", "memory.pool_slot=5"], "did you mean 'memory.pool_slots'"),
         (["--slo-tpot", "fast"], "no duration"),

@@ -111,7 +111,7 @@ def test_a_secret_is_not_shown():
         ('[server]\nport = "a"\n', r"setting 'server\.port' is wrong"),
         (
             '[scheduling]\npolicy = "fast"\n',
-            r"'scheduling\.policy' is wrong: .*choose one of adaptive, time_slice",
+            r"'scheduling\.policy' is wrong: .*choose one of adaptive, harli, naive, time_slice",
         ),
         ("[slo]\ntpot_ms = nan\n", r"'slo\.tpot_ms' is wrong"),
         ("[server\n", "not valid TOML"),

@@ -194,7 +194,7 @@ def test_the_twin_copies_nothing_and_computes_the_same(serving: Serving, referen
         assert_shared(reference, serving.runtime.model)
 
 
-@pytest.mark.parametrize("policy", ["adaptive", "time_slice"])
+@pytest.mark.parametrize("policy", ["adaptive", "time_slice", "time_slice:64", "harli", "naive"])
 async def test_served_tokens_are_the_same_with_training(
     rig: RigFactory, serving: Serving, reference: Any, policy: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""Predictor, policies and deadlines: bounds that hold, and care where nothing is known."""
+"""Predictor and deadlines: bounds that hold, and care where nothing is known."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harli_appliance.engine.slo import SloTracker
-from harli_appliance.scheduling.policies import Situation, make_policy
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.regime import ENOUGH
 from harli_appliance.scheduling.scheduler import Scheduler
@@ -102,59 +101,6 @@ def test_it_adapts_when_the_device_becomes_slower() -> None:
     bound = predictor.solo(Step("decode", 4, 800))
     assert bound is not None
     assert bound.expected_ms == pytest.approx(2 * (40 + 24 + 8), rel=0.1)
-
-
-def decide(
-    policy: str, step: Step | None, slack: float, outlook: Outlook, predictor: Predictor | None = None
-):
-    return make_policy(policy).decide(Situation(step, slack, outlook), predictor or taught())
-
-
-STEP = Step("decode", 4, 400)
-
-
-@pytest.mark.parametrize(
-    ("policy", "step", "slack", "outlook", "mode"),
-    [
-        ("serve_only", STEP, 1e6, READY, "pause"),
-        ("serve_only", None, 1e6, READY, "idle"),
-        ("train_only", STEP, 1e6, READY, "training"),
-        ("train_only", STEP, 1e6, IDLE, "pause"),
-        ("train_only", None, math.inf, IDLE, "idle"),
-        ("time_slice", STEP, 1e6, READY, "time_slice"),
-        ("time_slice", STEP, 100.0, READY, "pause"),
-        ("time_slice", None, math.inf, READY, "training"),
-        ("adaptive", STEP, 1e6, READY, "partition"),
-        ("adaptive", STEP, 60.0, READY, "pause"),
-        ("adaptive", STEP, -5.0, READY, "pause"),
-        ("adaptive", STEP, 1e6, IDLE, "pause"),
-        ("adaptive", None, math.inf, READY, "training"),
-        ("adaptive", None, math.inf, IDLE, "idle"),
-    ],
-)
-def test_what_each_policy_does(
-    policy: str, step: Step | None, slack: float, outlook: Outlook, mode: str
-) -> None:
-    decision = decide(policy, step, slack, outlook)
-    assert decision.mode == mode
-    assert (decision.units > 0) == (mode in ("training", "time_slice", "partition"))
-    assert decision.serve == (mode in ("pause", "time_slice", "partition"))
-
-
-@pytest.mark.parametrize("policy", ["time_slice", "adaptive"])
-def test_nothing_known_means_no_training_beside_requests(policy: str) -> None:
-    decision = decide(policy, STEP, 1e6, READY, Predictor())
-    assert (decision.mode, decision.units) == ("pause", 0)
-
-
-def test_time_slices_fill_the_slack_and_no_more() -> None:
-    predictor = taught()
-    bound = predictor.solo(STEP)
-    assert bound is not None
-    for slack in (300.0, 500.0, 900.0):
-        decision = decide("time_slice", STEP, slack, READY, predictor)
-        assert decision.units * READY.unit_ms + 2 * bound.upper_ms <= slack
-        assert (decision.units + 1) * READY.unit_ms + 2 * bound.upper_ms > slack
 
 
 def test_only_train_only_keeps_requests_waiting() -> None:

@@ -165,15 +165,18 @@ def test_trained_tokens_are_credited_once(trained: tuple[Backbone, Adapter], lay
     batch = MicroBatch(
         backbone, adapter, sequence, buffers=buffers(backbone), slots=slots, normaliser=1, loss_tokens=16
     )
-    credited, kinds = 0.0, []
+    credited, kinds, left = 0.0, [], []
     while (unit := batch.next_unit(16, layers)) is not None:
         again = batch.next_unit(16, layers)
         assert again is not None
         assert (again.kind, again.credit) == (unit.kind, unit.credit), "nothing ran in between"
+        left.append(batch.units_left(16))
         unit.run()
         credited += unit.credit
         kinds.append(unit.kind)
     assert credited == pytest.approx(40)
     assert kinds == sorted(kinds, key=["forward", "loss", "backward"].index)
+    if layers == 1:
+        assert [*left, batch.units_left(16)] == list(range(len(kinds), -1, -1))
     pieces = 3 * len(backbone.layers)
     assert kinds.count("forward") == kinds.count("backward") == -(-pieces // layers)

@@ -156,7 +156,8 @@ class Engine:
         plan = await self._plan() if self._scheduler.admits(outlook) else None
         self._deliver_refused()
         step = _step_of(plan)
-        decision = self._scheduler.decide(step, self.slo.slack_ms(time.perf_counter()), outlook)
+        slack = self.slo.slack_ms(time.perf_counter())
+        decision = self._scheduler.decide(step, slack, self.slo.tpot_ms, outlook)
         self._decision = decision
         sliced = decision.mode == "time_slice"
         if plan is None:

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from harli_appliance.errors import UsageError
 
-POLICY_NAMES = ("adaptive", "time_slice", "serve_only", "train_only")
+POLICY_NAMES = (
+    "adaptive",
+    "harli",
+    "naive",
+    "time_slice",
+    "time_slice:64",
+    "time_slice:128",
+    "time_slice:512",
+    "serve_only",
+    "train_only",
+)
 """Every policy; the first is the default."""
 
 DEFAULT_POLICY = POLICY_NAMES[0]

@@ -34,8 +34,9 @@ class Scheduler:
         """Whether requests may be planned now; only `train_only` holds them back."""
         return not (self.policy_name == "train_only" and outlook.ready)
 
-    def decide(self, step: Step | None, slack_ms: float, outlook: Outlook) -> Decision:
-        return self._policy.decide(Situation(step, slack_ms, outlook), self.predictor)
+    def decide(self, step: Step | None, slack_ms: float, tpot_ms: float, outlook: Outlook) -> Decision:
+        """What this tick does; the fields of `Situation`."""
+        return self._policy.decide(Situation(step, slack_ms, tpot_ms, outlook), self.predictor)
 
     def observe(
         self,

@@ -45,11 +45,14 @@ class Outlook:
 
     Attributes:
         unit_tokens: tokens of the window that units work on.
+        micro_batch_units: units until the micro-batch in work is through, the optimizer's step included where
+            one follows; 0 where there is no such thing.
     """
 
     ready: bool
     unit_ms: float = math.nan
     unit_tokens: int = 0
+    micro_batch_units: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,6 +120,10 @@ class JobRun:
         """Packed sequences of the current step."""
         return len(self._packs)
 
+    def ends_step(self, index: int) -> bool:
+        """Whether the optimizer's step follows micro-batch `index`."""
+        return index + 1 == len(self._packs)
+
     def slots_of(self, index: int) -> int:
         return footprint(self._backbone, len(self._packs[index])).slots
 

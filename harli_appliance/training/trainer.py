@@ -105,13 +105,15 @@ class Trainer:
         self._unit_ms: dict[str, float] = {}
         self._tokens = 0.0
         self._dropped = 0
+        self._units_left = 0
         self._run: JobRun | None = None
 
     # -- what the engine sees --------------------------------------------------------------------------
 
     def outlook(self) -> Outlook:
         """Whether a unit could run now, and the duration of the slowest kind seen (recent average)."""
-        return Outlook(self._ready, max(self._unit_ms.values(), default=math.nan))
+        slowest = max(self._unit_ms.values(), default=math.nan)
+        return Outlook(self._ready, slowest, micro_batch_units=self._units_left)
 
     def launch(self, units: int, lane: UnitLane | None = None) -> Awaitable[None]:
         """Allow `units` work units from now on, replacing what was allowed before.
@@ -192,6 +194,7 @@ class Trainer:
             try:
                 batch = run.begin(index, lease.indices)
                 while (unit := batch.next_unit(run.window_tokens, layers=1)) is not None:
+                    self._units_left = batch.units_left(run.window_tokens) + run.ends_step(index)
                     if not await self._permitted(run, lease):
                         break
                     await self._execute(unit)
@@ -205,6 +208,7 @@ class Trainer:
 
     async def _alone(self, run: JobRun, unit: WorkUnit) -> None:
         """A unit that holds no slots: the optimizer's step, a checkpoint."""
+        self._units_left = 1
         self._set_ready(True)
         await self._permitted(run, None)
         await self._execute(unit)

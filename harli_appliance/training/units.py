@@ -118,6 +118,19 @@ class MicroBatch:
         credit = self._backward_credit(window, layers) if kind == "backward" else 0.0
         return WorkUnit(kind, partial(self._run, self._at, window, layers), credit)
 
+    def units_left(self, window: int) -> int:
+        """Units still to come when each is one piece, with windows of `window` tokens."""
+        if self._at == len(STAGES):
+            return 0
+        stage, layers, windows = STAGES[self._at], len(self._backbone.layers), -(-self.tokens // window)
+        if stage == "backward":
+            return self._layer * windows + -(-self._to // window)
+        learned = len(self._learned) - bisect_left(self._learned, self._from if stage == "loss" else 0)
+        left = max(1, -(-learned // self._loss_tokens)) + layers * windows
+        if stage == "forward":
+            left += layers * -(-(self.tokens - self._from) // window) - self._layer
+        return left
+
     def _enter(self, stage: int) -> None:
         self._at = stage
         backward = stage < len(STAGES) and STAGES[stage] == "backward"

@@ -19,11 +19,13 @@ class Situation:
     Attributes:
         step: the serving step that would run; None when there is nothing to serve.
         slack_ms: time until the tightest deadline of the requests in service; infinity without one.
+        tpot_ms: the promised time per output token.
         outlook: what training could do.
     """
 
     step: Step | None
     slack_ms: float
+    tpot_ms: float
     outlook: Outlook
 
 
