@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harli_appliance.bench import decide as decide_bench
 from harli_appliance.errors import UsageError
 from harli_appliance.scheduling.names import DEFAULT_POLICY, POLICY_NAMES, check_policy
 from harli_appliance.scheduling.policies import Situation, make_policy
@@ -256,3 +259,16 @@ def test_prompts_that_arrive_do_not_break_the_promise() -> None:
             slack, left = TPOT, 60
     assert missed <= 2
     assert trained > 0.4 * 60 * finished, "a reserve that stops training is no use"
+
+
+def test_the_time_of_a_decision_is_reported_for_every_policy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(decide_bench, "DECISIONS", 20)
+    monkeypatch.setattr(decide_bench, "TAUGHT", 40)
+    monkeypatch.setattr(decide_bench, "GOAL_US", 0.0)
+    assert decide_bench.run(tmp_path, as_json=True) == 1, "nothing takes no time at all"
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((tmp_path / "decide.json").read_text())
+    assert set(report["policies"]) == set(POLICY_NAMES)
+    assert all(0 < found["p50_us"] <= found["max_us"] for found in report["policies"].values())

@@ -12,11 +12,6 @@ from harli_appliance.cli.connect import Json
 app = typer.Typer(no_args_is_help=True, help="Measure what the appliance costs and brings on this machine.")
 
 
-@app.callback()
-def bench() -> None:
-    """Keep `runtime` a command of its own."""
-
-
 @app.command("runtime")
 def runtime(
     out: Annotated[
@@ -26,5 +21,18 @@ def runtime(
 ) -> None:
     """Overhead of a tick, CPU attention, prefix cache and adapter loading, against their goals."""
     from harli_appliance.bench.runtime import run
+
+    raise typer.Exit(run(out, json))
+
+
+@app.command("decide")
+def decide(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where decide.json is written.")] = Path(
+        "bench-report"
+    ),
+    json: Json = False,
+) -> None:
+    """How long the scheduler takes to decide, for every policy."""
+    from harli_appliance.bench.decide import run
 
     raise typer.Exit(run(out, json))
