@@ -215,7 +215,8 @@ class HarliClient:
         metadata: Mapping[str, str] | None = None,
         **hyperparameters: float | None,
     ) -> JobObject:
-        """Queue a job. `hyperparameters`: n_epochs, batch_size, learning_rate, lora_rank, lora_alpha."""
+        """Queue a job. `hyperparameters`: n_epochs, batch_size, learning_rate, lora_rank, lora_alpha, use_rslora,
+        lora_dropout."""
         chosen = {name: value for name, value in hyperparameters.items() if value is not None}
         fields = {
             "model": model,

@@ -62,6 +62,7 @@ def train(backbone: Any, adapter: Any, slots: Any) -> list[float]:
                 slots=leased,
                 normaliser=learned,
                 loss_tokens=16,
+                dropout_key=0,
             )
             while (unit := batch.next_unit(window=16, layers=2)) is not None:
                 unit.run()

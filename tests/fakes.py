@@ -257,6 +257,8 @@ class FakeAppliance:
             learning_rate=spec.learning_rate or 2e-4,
             lora_rank=spec.lora_rank or 8,
             lora_alpha=spec.lora_alpha or 16.0,
+            use_rslora=spec.use_rslora or False,
+            lora_dropout=spec.lora_dropout or 0.0,
             suffix=spec.suffix,
             metadata=spec.metadata,
             total_steps=10,

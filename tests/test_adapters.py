@@ -79,12 +79,12 @@ async def test_a_version_that_cannot_be_loaded_leaves_the_old_one(lane: Lane) ->
     assert shelf.begin("otter", "r2") == served
 
 
-def make_adapter(reference: Any, folder: Path, seed: int, rank: int = 4) -> Path:
+def make_adapter(reference: Any, folder: Path, seed: int, rank: int = 4, rslora: bool = False) -> Path:
     """A random adapter that changes answers, saved in PEFT's format."""
     import copy
 
     backbone = Backbone(copy.deepcopy(reference).requires_grad_(False))
-    adapter = Adapter(backbone, rank=rank, alpha=2 * rank, seed=seed)
+    adapter = Adapter(backbone, rank=rank, alpha=2 * rank, seed=seed, rslora=rslora)
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
@@ -105,7 +105,7 @@ async def test_a_request_finishes_on_the_version_that_it_began_with(
 ) -> None:
     """Real SGLang: base, old and new version decode in one batch while the name moves."""
     first = make_adapter(reference, tmp_path / "first", 1)
-    second = make_adapter(reference, tmp_path / "second", 2)
+    second = make_adapter(reference, tmp_path / "second", 2, rslora=True)
     shelf = AdapterShelf(serving.runtime, serving.lane)
     await shelf.put("moving", first)
     ids = prompt(500, 20)

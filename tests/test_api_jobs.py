@@ -150,6 +150,8 @@ async def test_a_job_with_the_method_of_today(client: openai.AsyncOpenAI, port: 
                     "learning_rate": 1e-3,
                     "lora_rank": 4,
                     "lora_alpha": 8,
+                    "use_rslora": True,
+                    "lora_dropout": 0.1,
                 }
             },
         },
@@ -157,10 +159,17 @@ async def test_a_job_with_the_method_of_today(client: openai.AsyncOpenAI, port: 
     spec = port.specs[0]
     assert (spec.n_epochs, spec.batch_size, spec.learning_rate) == (2, None, 1e-3)
     assert (spec.lora_rank, spec.lora_alpha, spec.suffix, spec.seed) == (4, 8.0, "harbour", 7)
+    assert (spec.use_rslora, spec.lora_dropout) == (True, 0.1)
     assert (job.status, job.seed, job.metadata) == ("queued", 7, {"team": "docs"})
     assert job.hyperparameters.n_epochs == 2
     assert job.hyperparameters.batch_size == 4
-    assert job.hyperparameters.model_extra == {"learning_rate": 1e-3, "lora_rank": 4, "lora_alpha": 8.0}
+    assert job.hyperparameters.model_extra == {
+        "learning_rate": 1e-3,
+        "lora_rank": 4,
+        "lora_alpha": 8.0,
+        "use_rslora": True,
+        "lora_dropout": 0.1,
+    }
     assert job.method is not None
     assert job.method.type == "supervised"
     assert (job.result_files, job.trained_tokens, job.error) == ([], None, None)
@@ -187,6 +196,8 @@ async def test_a_job_with_the_older_hyperparameters(client: openai.AsyncOpenAI, 
         ({"integrations": [{"type": "wandb"}]}, "unsupported_parameter", "integrations"),
         ({"hyperparameters": {"n_epochs": 0}}, "invalid_request", "hyperparameters.n_epochs"),
         ({"hyperparameters": {"learning_rate": 2}}, "invalid_request", "hyperparameters.learning_rate"),
+        ({"hyperparameters": {"lora_dropout": 1.0}}, "invalid_request", "hyperparameters.lora_dropout"),
+        ({"hyperparameters": {"use_rslora": 1}}, "invalid_request", "hyperparameters.use_rslora"),
         ({"hyperparameters": {"lora_ranks": 2}}, "unknown_parameter", "hyperparameters.lora_ranks"),
         ({"hyperparameters": {}, "method": {"type": "supervised"}}, "invalid_request", "hyperparameters"),
         ({"suffix": "no spaces"}, "invalid_request", "suffix"),

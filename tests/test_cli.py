@@ -262,15 +262,20 @@ def test_an_answer_that_breaks_off_fails(port: FakeAppliance, out: Out) -> None:
 
 def test_a_job_from_a_file(port: FakeAppliance, training_file: Path, out: Out) -> None:
     options = ["--epochs", "2", "--batch-size", "3", "--learning-rate", "1e-3", "--lora-rank", "4"]
+    options += ["--rslora", "--lora-dropout", "0.1"]
     assert run(["jobs", "create", str(training_file), *options, "--suffix", "harbour", "--seed", "7"]) == 0
     assert out()[0] == "ftjob-0\n"
     spec = port.specs[0]
     assert (spec.model, spec.n_epochs, spec.batch_size) == (BASE, 2, 3)
     assert (spec.learning_rate, spec.lora_rank, spec.suffix, spec.seed) == (1e-3, 4, "harbour", 7)
+    assert (spec.use_rslora, spec.lora_dropout) == (True, 0.1)
     assert port.stored[spec.training_file].filename == "train.jsonl"
     assert run(["jobs", "create", spec.training_file, "--json"]) == 0
     assert json.loads(out()[0])["training_file"] == spec.training_file
+    assert (port.specs[1].use_rslora, port.specs[1].lora_dropout) == (None, None)
     assert len(port.stored) == 1
+    assert run(["jobs", "show", "ftjob-0"]) == 0
+    assert "dropout 0.1, rank-stabilised" in out()[0]
 
 
 def test_files_that_cannot_be_used(port: FakeAppliance, tmp_path: Path, out: Out) -> None:

@@ -32,7 +32,7 @@ from tests.conftest import Serving
 from tests.test_runtime import greedy, prompt
 
 
-def a_job(job_id: str = "ftjob-test", epochs: int = 2, rate: float = 5e-3) -> Job:
+def a_job(job_id: str = "ftjob-test", epochs: int = 2, rate: float = 5e-3, dropout: float = 0.0) -> Job:
     return Job(
         id=job_id,
         status="running",
@@ -45,6 +45,7 @@ def a_job(job_id: str = "ftjob-test", epochs: int = 2, rate: float = 5e-3) -> Jo
         learning_rate=rate,
         lora_rank=4,
         lora_alpha=8,
+        lora_dropout=dropout,
     )
 
 

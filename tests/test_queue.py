@@ -188,6 +188,7 @@ async def test_a_job_is_stored_with_every_default_resolved(queue, spec):
     assert job == await queue.job(job.id)
     assert (job.status, job.n_epochs, job.batch_size, job.learning_rate) == ("queued", 3, 8, 1e-3)
     assert (job.lora_rank, job.lora_alpha) == (8, 16.0)
+    assert (job.use_rslora, job.lora_dropout) == (False, 0.0)
     assert 0 <= job.seed <= MAX_SEED
     assert job.fine_tuned_model is None
     assert await messages(queue, job.id) == [f"Created fine-tuning job: {job.id}"]
@@ -204,11 +205,16 @@ async def test_a_job_keeps_what_was_asked_for(queue, spec):
         learning_rate=0.5,
         lora_rank=4,
         lora_alpha=1.5,
+        use_rslora=True,
+        lora_dropout=0.25,
         metadata={"team": "blau\ud800"},
     )
     job = await queue.create_job(asked)
     assert (job.suffix, job.seed, job.n_epochs, job.batch_size) == ("My-1", 0, 1, 2)
     assert (job.learning_rate, job.lora_rank, job.lora_alpha) == (0.5, 4, 1.5)
+    assert job.use_rslora is True
+    assert job.lora_dropout == 0.25
+    assert await queue.job(job.id) == job
     assert (await queue.job(job.id)).metadata == {"team": "blau\ud800"}
 
 
@@ -232,6 +238,9 @@ async def test_a_job_keeps_what_was_asked_for(queue, spec):
         ("lora_rank", 17),
         ("lora_alpha", 0.0),
         ("lora_alpha", float("nan")),
+        ("lora_dropout", -0.1),
+        ("lora_dropout", 0.95),
+        ("lora_dropout", float("nan")),
         ("metadata", {"k" * 65: "v"}),
         ("metadata", {"k": "v" * 513}),
         ("metadata", {str(n): "v" for n in range(17)}),

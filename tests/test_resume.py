@@ -12,9 +12,11 @@ from torch import Tensor
 
 from harli_appliance.errors import JobFailed
 from harli_appliance.runtime.text import TextCodec
+from harli_appliance.training import job_run
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.job_run import JobRun, RunOptions
 from harli_appliance.training.packing import examples_of_step
+from harli_appliance.training.units import MicroBatch
 from tests.test_coserving import a_job, lesson  # noqa: F401  a fixture
 
 STEPS = 6
@@ -32,9 +34,9 @@ class Bench:
         make = lambda: [torch.zeros(600, self.backbone.kv_width) for _ in layers]  # noqa: E731
         self._buffers = (make(), make())
 
-    def run(self, home: str, leasable: int = 500, every: int = 1) -> JobRun:
+    def run(self, home: str, leasable: int = 500, every: int = 1, dropout: float = 0.0) -> JobRun:
         options = RunOptions(16, 64, every, 3, self._home / home)
-        job = a_job(epochs=2)
+        job = a_job(epochs=2, dropout=dropout)
         return JobRun(job, self._data, self.backbone, self._codec, self._buffers, options, leasable)
 
     def step(self, run: JobRun) -> float:
@@ -57,19 +59,20 @@ def bench(reference: Any, tiny_model: Path, lesson: Path, tmp_path: Path) -> Ben
     return Bench(reference, tiny_model, lesson, tmp_path)
 
 
-def test_stopping_after_any_step_changes_nothing(bench: Bench) -> None:
-    straight = bench.run("straight")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_stopping_after_any_step_changes_nothing(bench: Bench, dropout: float) -> None:
+    straight = bench.run("straight", dropout=dropout)
     assert straight.total_steps == STEPS
     losses = [bench.step(straight) for _ in range(STEPS)]
     wanted = weights(straight)
     straight.close()
     for stop in range(1, STEPS):
-        first = bench.run(f"stopped-{stop}")
+        first = bench.run(f"stopped-{stop}", dropout=dropout)
         found = [bench.step(first) for _ in range(stop)]
         first.checkpoint()
         bench.step(first)  # lost: it is after the checkpoint
         first.close()
-        second = bench.run(f"stopped-{stop}")
+        second = bench.run(f"stopped-{stop}", dropout=dropout)
         assert second.step == stop
         found += [bench.step(second) for _ in range(STEPS - stop)]
         assert found == losses
@@ -80,10 +83,10 @@ def test_stopping_after_any_step_changes_nothing(bench: Bench) -> None:
 
 
 def test_a_dropped_micro_batch_leaves_no_trace(bench: Bench) -> None:
-    calm, disturbed = bench.run("calm"), None
+    calm = bench.run("calm", dropout=0.3)
     wanted = [bench.step(calm) for _ in range(3)]
     calm.close()
-    disturbed = bench.run("disturbed")
+    disturbed = bench.run("disturbed", dropout=0.3)
     found = []
     for _ in range(3):
         batch = disturbed.begin(0, torch.arange(disturbed.slots_of(0)))
@@ -94,6 +97,24 @@ def test_a_dropped_micro_batch_leaves_no_trace(bench: Bench) -> None:
         found.append(bench.step(disturbed))
     disturbed.close()
     assert found == wanted
+
+
+def test_every_micro_batch_draws_its_own_masks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[int] = []
+
+    def noting(*args: Any, dropout_key: int, **kwargs: Any) -> MicroBatch:
+        keys.append(dropout_key)
+        return MicroBatch(*args, dropout_key=dropout_key, **kwargs)
+
+    monkeypatch.setattr(job_run, "MicroBatch", noting)
+    run = bench.run("noted", dropout=0.3)
+    batches = 0
+    for _ in range(3):
+        batches += run.micro_batches()
+        bench.step(run)
+    run.close()
+    assert len(keys) == batches > 3
+    assert len(set(keys)) == batches
 
 
 def test_a_job_that_cannot_fit_is_refused_with_the_numbers(bench: Bench) -> None:

@@ -227,6 +227,8 @@ async def test_an_ended_job_stays_ended(database: Database):
         "UPDATE jobs SET error_code = 'x'",
         "UPDATE jobs SET step = 5",
         "UPDATE jobs SET step = -1",
+        "UPDATE jobs SET lora_dropout = 1",
+        "UPDATE jobs SET use_rslora = 2",
         "UPDATE jobs SET metadata = 'not json'",
         "UPDATE jobs SET cancel_requested = 1",
         "DELETE FROM files",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -33,15 +34,19 @@ def examples(seed: int, lengths: tuple[int, ...]) -> list[EncodedExample]:
     return made
 
 
-@pytest.fixture(scope="module")
-def trained(reference: Any) -> tuple[Backbone, Adapter]:
+def a_trained_adapter(reference: Any, rslora: bool = False, dropout: float = 0.0) -> tuple[Backbone, Adapter]:
     backbone = Backbone(copy.deepcopy(reference).requires_grad_(False))
-    adapter = Adapter(backbone, rank=4, alpha=8, seed=1)
+    adapter = Adapter(backbone, rank=4, alpha=8, seed=1, rslora=rslora, dropout=dropout)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in adapter.peft_model.named_parameters():
         if "lora_B" in name:  # B starts at zero, which would leave A without a gradient
             torch.nn.init.normal_(parameter, std=0.05, generator=generator)
     return backbone, adapter
+
+
+@pytest.fixture(scope="module")
+def trained(reference: Any) -> tuple[Backbone, Adapter]:
+    return a_trained_adapter(reference)
 
 
 def buffers(backbone: Backbone) -> tuple[list[Tensor], list[Tensor]]:
@@ -57,7 +62,7 @@ def by_units(
     learned = sum(example.learned_tokens for example in data)
     loss, total = 0.0, [torch.zeros_like(p) for p in adapter.parameters()]
     generator = torch.Generator().manual_seed(room)
-    for sequence in pack(data, room):
+    for number, sequence in enumerate(pack(data, room)):
         slots = torch.randperm(POOL, generator=generator)[: footprint(backbone, len(sequence)).slots]
         batch = MicroBatch(
             backbone,
@@ -67,6 +72,7 @@ def by_units(
             slots=slots,
             normaliser=learned,
             loss_tokens=loss_tokens,
+            dropout_key=number,
         )
         while (unit := batch.next_unit(*cut())) is not None:
             unit.run()
@@ -84,6 +90,22 @@ def by_backpropagation(adapter: Adapter, data: list[EncodedExample]) -> tuple[fl
         logits = adapter.peft_model(ids).logits[0, :-1]
         losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
         loss = loss + (losses * torch.tensor(example.learn[1:])).sum() / learned
+    return loss.item(), list(torch.autograd.grad(loss, adapter.parameters()))
+
+
+def by_backpropagation_with_dropout(
+    adapter: Adapter, data: list[EncodedExample], room: int
+) -> tuple[float, list[Tensor]]:
+    """Each example by itself, with the masks of the place that it has when packed."""
+    learned = sum(example.learned_tokens for example in data)
+    loss = torch.zeros(())
+    for number, sequence in enumerate(pack(data, room)):
+        bounds = [*sorted(set(sequence.starts.tolist())), len(sequence)]
+        for start, stop in itertools.pairwise(bounds):
+            with adapter.dropping(number, start, stop):
+                logits = adapter.peft_model(sequence.tokens[None, start:stop]).logits[0]
+            losses = torch.nn.functional.cross_entropy(logits, sequence.targets[start:stop], reduction="none")
+            loss = loss + (losses * sequence.weights[start:stop]).sum() / learned
     return loss.item(), list(torch.autograd.grad(loss, adapter.parameters()))
 
 
@@ -124,6 +146,23 @@ def test_every_unit_may_have_another_size(
     assert worst_error(gradients, wanted) <= 1e-5
 
 
+@pytest.mark.parametrize(("rslora", "dropout"), [(True, 0.0), (False, 0.3), (True, 0.05)])
+def test_gradients_of_every_option_equal_backpropagation(
+    reference: Any, rslora: bool, dropout: float
+) -> None:
+    backbone, adapter = a_trained_adapter(reference, rslora, dropout)
+    data, rng = examples(4, (50, 33, 7, 90)), random.Random(4)
+    draw: Cut = lambda: (rng.choice((5, 16, 33)), rng.choice((1, 2, 3)))  # noqa: E731
+    loss, gradients = by_units(backbone, adapter, data, 100, draw, 16)
+    wanted_loss, wanted = by_backpropagation_with_dropout(adapter, data, 100)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5)
+    assert worst_error(gradients, wanted) <= 1e-5
+    without, _ = by_backpropagation(adapter, data)
+    assert (without == pytest.approx(loss, rel=1e-5)) == (dropout == 0)
+    plain, _ = by_backpropagation(a_trained_adapter(reference)[1], data)
+    assert (without == pytest.approx(plain, rel=1e-5)) != rslora
+
+
 def test_the_comparison_sees_a_small_mistake(trained: tuple[Backbone, Adapter]) -> None:
     """Leave the gradient through earlier windows' keys out: the error must be far above the tolerance."""
     data = examples(3, (120,))
@@ -154,6 +193,7 @@ def test_a_micro_batch_leases_what_its_footprint_says(trained: tuple[Backbone, A
             slots=torch.arange(footprint(backbone, 40).slots - 1),
             normaliser=1,
             loss_tokens=16,
+            dropout_key=0,
         )
 
 
@@ -163,7 +203,14 @@ def test_trained_tokens_are_credited_once(trained: tuple[Backbone, Adapter], lay
     (sequence,) = pack(examples(1, (40,)), 64)
     slots = torch.arange(footprint(backbone, 40).slots)
     batch = MicroBatch(
-        backbone, adapter, sequence, buffers=buffers(backbone), slots=slots, normaliser=1, loss_tokens=16
+        backbone,
+        adapter,
+        sequence,
+        buffers=buffers(backbone),
+        slots=slots,
+        normaliser=1,
+        loss_tokens=16,
+        dropout_key=0,
     )
     credited, kinds, left = 0.0, [], []
     while (unit := batch.next_unit(16, layers)) is not None:

@@ -95,6 +95,8 @@ def job_object(job: Job) -> JobObject:
         learning_rate=job.learning_rate,
         lora_rank=job.lora_rank,
         lora_alpha=job.lora_alpha,
+        use_rslora=job.use_rslora,
+        lora_dropout=job.lora_dropout,
     )
     error = None
     if job.error_code is not None:

@@ -28,6 +28,8 @@ class HyperparametersBody(Body):
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     lora_rank: Annotated[int, Field(ge=1, le=256)] | None = None
     lora_alpha: Annotated[float, Field(gt=0, le=4096)] | None = None
+    use_rslora: bool | None = None
+    lora_dropout: Annotated[float, Field(ge=0, le=0.9)] | None = None
 
     @field_validator("learning_rate_multiplier")
     @classmethod
@@ -36,7 +38,16 @@ class HyperparametersBody(Body):
             raise unsupported("'learning_rate_multiplier' is not supported; give 'learning_rate', e.g. 2e-4")
         return value
 
-    @field_validator("n_epochs", "batch_size", "learning_rate", "lora_rank", "lora_alpha", mode="before")
+    @field_validator(
+        "n_epochs",
+        "batch_size",
+        "learning_rate",
+        "lora_rank",
+        "lora_alpha",
+        "use_rslora",
+        "lora_dropout",
+        mode="before",
+    )
     @classmethod
     def _auto(cls, value: object) -> object:
         return None if value == "auto" else value

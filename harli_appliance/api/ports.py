@@ -112,6 +112,8 @@ class JobSpec:
     learning_rate: float | None = None
     lora_rank: int | None = None
     lora_alpha: float | None = None
+    use_rslora: bool | None = None
+    lora_dropout: float | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -130,6 +132,10 @@ class Job:
     learning_rate: float
     lora_rank: int
     lora_alpha: float
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) in place of alpha / rank."""
+    lora_dropout: float = 0.0
+    """Share of the adapter's inputs that is dropped while learning."""
     suffix: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     started_at: int | None = None

@@ -156,6 +156,8 @@ class Hyperparameters(WireObject):
     learning_rate: float
     lora_rank: int
     lora_alpha: float
+    use_rslora: bool
+    lora_dropout: float
 
 
 class SupervisedMethod(WireObject):

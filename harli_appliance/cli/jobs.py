@@ -30,6 +30,12 @@ def create(
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate, e.g. 2e-4.")] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="Scale of the adapter.")] = None,
+    rslora: Annotated[
+        bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) in place of alpha / rank.")
+    ] = False,
+    lora_dropout: Annotated[
+        float | None, typer.Option(help="Share of the adapter's inputs dropped while learning, e.g. 0.05.")
+    ] = None,
     suffix: Annotated[str | None, typer.Option(help="Becomes part of the adapter's name.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same order of examples.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the job has ended.")] = False,
@@ -53,6 +59,8 @@ def create(
             learning_rate=learning_rate,
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
+            use_rslora=rslora or None,
+            lora_dropout=lora_dropout,
         )
 
     job = talk(url, work)
@@ -127,7 +135,8 @@ def show(job_id: JobId, json: Json = False, url: Url = None) -> None:
         "epochs": str(chosen.n_epochs),
         "batch size": str(chosen.batch_size),
         "learning rate": f"{chosen.learning_rate:g}",
-        "LoRA": f"rank {chosen.lora_rank}, alpha {chosen.lora_alpha:g}",
+        "LoRA": f"rank {chosen.lora_rank}, alpha {chosen.lora_alpha:g}, dropout {chosen.lora_dropout:g}"
+        + (", rank-stabilised" if chosen.use_rslora else ""),
         "seed": str(job.seed),
         "created": when(job.created_at),
         "started": when(job.harli.started_at),

@@ -146,8 +146,9 @@ def _update(db: Database, job_id: str, **changes: object) -> None:
 
 
 def _job(row: Mapping[str, Any]) -> Job:
-    values = {column: row[column] for column in _COLUMNS}
-    return Job(**{**values, "metadata": json.loads(row["metadata"])})
+    values: dict[str, Any] = {column: row[column] for column in _COLUMNS}
+    values |= {"metadata": json.loads(row["metadata"]), "use_rslora": bool(row["use_rslora"])}
+    return Job(**values)
 
 
 def _event(row: Mapping[str, Any]) -> JobEvent:

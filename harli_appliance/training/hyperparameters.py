@@ -22,6 +22,7 @@ ALPHA_PER_RANK = 2.0
 MAX_EPOCHS = 100
 MAX_BATCH_SIZE = 1024
 MAX_LORA_ALPHA = 4096.0
+MAX_LORA_DROPOUT = 0.9
 MAX_SEED = 2**31 - 1
 
 _SUFFIX = re.compile(r"[a-zA-Z0-9_-]{1,40}")
@@ -59,6 +60,8 @@ def resolve(spec: JobSpec, *, model: str, max_lora_rank: int) -> Job:
         learning_rate=spec.learning_rate if spec.learning_rate is not None else LEARNING_RATE,
         lora_rank=rank,
         lora_alpha=spec.lora_alpha if spec.lora_alpha is not None else ALPHA_PER_RANK * rank,
+        use_rslora=spec.use_rslora or False,
+        lora_dropout=spec.lora_dropout or 0.0,
         suffix=spec.suffix,
         metadata=dict(spec.metadata),
     )
@@ -68,6 +71,10 @@ def resolve(spec: JobSpec, *, model: str, max_lora_rank: int) -> Job:
     _between("lora_rank", job.lora_rank, 1, max_lora_rank)
     _above_zero("learning_rate", job.learning_rate, 1.0)
     _above_zero("lora_alpha", job.lora_alpha, MAX_LORA_ALPHA)
+    if not 0 <= job.lora_dropout <= MAX_LORA_DROPOUT:  # refuses NaN too
+        raise UsageError(
+            f"lora_dropout is {job.lora_dropout}; choose 0 to {MAX_LORA_DROPOUT:g}", param="lora_dropout"
+        )
     if job.suffix is not None and _SUFFIX.fullmatch(job.suffix) is None:
         raise UsageError(
             "suffix must be 1 to 40 letters, digits, '-' or '_'; choose another or leave it out",

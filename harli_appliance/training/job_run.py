@@ -2,7 +2,7 @@
 
 Knows tensors and files; does not know when its units may run. Every method runs on a lane's thread, one at a
 time. A run that is built again from its last checkpoint goes on exactly as if it had not stopped: the examples
-of a step are a function of seed and step, and nothing else draws random numbers.
+of a step and the masks of dropout are functions of seed and step, and nothing else draws random numbers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from harli_appliance.training.activations import Buffers, footprint
 from harli_appliance.training.adapter import Adapter
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.dataset import read_examples
+from harli_appliance.training.dropout import sequence_key
 from harli_appliance.training.packing import (
     ChatEncoder,
     EncodedExample,
@@ -82,7 +83,14 @@ class JobRun:
         self.step = 0
         self.trained_tokens = 0
         self.loss: float | None = None
-        self.adapter = Adapter(backbone, rank=job.lora_rank, alpha=job.lora_alpha, seed=job.seed)
+        self.adapter = Adapter(
+            backbone,
+            rank=job.lora_rank,
+            alpha=job.lora_alpha,
+            seed=job.seed,
+            rslora=job.use_rslora,
+            dropout=job.lora_dropout,
+        )
         self._optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=job.learning_rate, weight_decay=0.0)
         try:
             self._resume()
@@ -136,6 +144,7 @@ class JobRun:
             slots=slots,
             normaliser=max(1, self._learned),
             loss_tokens=LOSS_TOKENS,
+            dropout_key=sequence_key(self.job.seed, self.step, index),
         )
 
     def finish(self, batch: MicroBatch) -> None:

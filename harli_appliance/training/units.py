@@ -75,6 +75,7 @@ class MicroBatch:
         slots: leased slot indices, `footprint(...)`.slots of them.
         normaliser: the loss is the weighted sum of token losses divided by this.
         loss_tokens: learned tokens of a loss piece; logits of that many tokens exist at a time.
+        dropout_key: draws the masks of the adapter's dropout, see `dropout.sequence_key`.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class MicroBatch:
         slots: Tensor,
         normaliser: float,
         loss_tokens: int,
+        dropout_key: int,
     ) -> None:
         self._backbone = backbone
         self._adapter = adapter
@@ -95,6 +97,7 @@ class MicroBatch:
         self._learned: list[int] = torch.nonzero(sequence.weights)[:, 0].tolist()
         self._normaliser = normaliser
         self._loss_tokens = loss_tokens
+        self._dropout_key = dropout_key
         self._rows = Activations(backbone, buffers, slots, len(sequence))
         self._rotary = backbone.rotary(self._sequence.positions)
         self.tokens = len(sequence)
@@ -251,14 +254,15 @@ class MicroBatch:
     ) -> tuple[Tensor, _Window]:
         cache = _Window(past)
         cos, sin = self._rotary[layer]
-        out: Any = self._backbone.layers[layer](
-            hidden[None],
-            attention_mask=self._mask(layer, a, b),
-            position_ids=self._sequence.positions[None, a:b],
-            past_key_values=cache,
-            use_cache=True,
-            position_embeddings=(cos[:, a:b], sin[:, a:b]),
-        )
+        with self._adapter.dropping(self._dropout_key, a, b):
+            out: Any = self._backbone.layers[layer](
+                hidden[None],
+                attention_mask=self._mask(layer, a, b),
+                position_ids=self._sequence.positions[None, a:b],
+                past_key_values=cache,
+                use_cache=True,
+                position_embeddings=(cos[:, a:b], sin[:, a:b]),
+            )
         return (out[0] if isinstance(out, tuple) else out)[0], cache
 
     def _first(self, layer: int, a: int) -> int:
