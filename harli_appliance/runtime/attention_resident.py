@@ -217,6 +217,6 @@ class ResidentKV:
         for group in batch.groups:
             end = begin + group.members * heads * group.capacity
             shape = (group.members, heads, group.capacity, -1)
-            keys, values = (held[begin:end].view(shape)[:, :, : group.length] for held in (k, v))
+            keys, values = (held[begin:end].view(shape).narrow(2, 0, group.length) for held in (k, v))
             yield Read(group.begin, group.end, keys, values, group.mask)
             begin = end

@@ -102,6 +102,10 @@ class SglangRuntime:
             # SGLang compiles a function of three lines for the CPU, which takes seconds in the middle of a step.
             torch.compiler.set_stance("force_eager")
         self._scheduler = Scheduler(arguments, ports)
+        if options.device == "cpu":
+            from harli_appliance.runtime import operators_cpu
+
+            operators_cpu.install(self.model)
         self._sampler = self._scheduler.tp_worker.model_runner.sampler
         self._grammars = self._scheduler.grammar_manager
         self._grammars.SGLANG_GRAMMAR_POLL_INTERVAL = GRAMMAR_WAIT_S
