@@ -81,6 +81,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLa
         cache = sum(self.token_to_kv_pool.get_kv_size_bytes())
         self._resident = ResidentKV(max(RESIDENT_LEAST, int(RESIDENT_SHARE * cache)))
         self._lengths: list[int] = []
+        self._longest = 0
         self._decode: dict[int, DecodePlan] = {}
         self._extend: dict[tuple[int, bool], tuple[ExtendRequest, ...]] = {}
 
@@ -91,6 +92,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLa
         self._extend.clear()
         if forward_batch.forward_mode.is_decode():
             self._lengths = forward_batch.seq_lens.tolist()
+            self._longest = max(self._lengths)
             self._resident.follow(forward_batch.req_pool_indices.tolist(), self._lengths)
         else:
             self._resident.forget()
@@ -125,7 +127,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLa
         keys, values = self._cache(k, v, layer, forward_batch, save=save_kv_cache)
         heads, size = layer.tp_k_head_num, layer.qk_head_dim
         window = layer.sliding_window_size
-        if window + 1 >= max(self._lengths):
+        if window + 1 >= self._longest:
             window = -1  # it hides nothing yet
 
         def plan() -> DecodePlan:
@@ -137,15 +139,16 @@ class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLa
         held = self._resident.layer(layer.layer_id, (k, v), (keys, values), plan) if window < 0 else None
         reads = held if held is not None else _gathered(plan(), gather)
         order, inverse = reads.plan.order, reads.plan.inverse
-        q = q.reshape(-1, heads, layer.tp_q_head_num // heads, size)
         if order is not None:
-            q = q[order]
-        parts = []
-        for read in reads.parts:
-            part = q[read.begin : read.end]
-            out = attend(part, read.k, read.v, read.mask, scale=layer.scaling, cap=layer.logit_cap or 0.0)
-            parts.append(out.reshape(len(part), -1))
-        return parts[0] if inverse is None else torch.cat(parts)[inverse]
+            q = q.index_select(0, order)
+        q = q.reshape(-1, heads, layer.tp_q_head_num // heads, size)
+        scale, cap = layer.scaling, layer.logit_cap or 0.0
+        parts = [
+            attend(q[read.begin : read.end], read.k, read.v, read.mask, scale=scale, cap=cap)
+            for read in reads.parts
+        ]
+        out = parts[0] if inverse is None else torch.cat(parts).index_select(0, inverse)
+        return out.reshape(len(out), -1)
 
     def _decode_plan(self, window: int, keys: Tensor, forward_batch: Any) -> DecodePlan:
         plan = self._decode.get(window)
@@ -169,7 +172,7 @@ class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLa
             return inherited
         keys, values = self._cache(k, v, layer, forward_batch, save=save_kv_cache)
         heads, size = layer.tp_k_head_num, layer.qk_head_dim
-        grouped = q.view(-1, heads, layer.tp_q_head_num // heads, size)
+        grouped = q.reshape(-1, heads, layer.tp_q_head_num // heads, size)
         out = q.new_empty(q.shape)
         grouped_out = out.view(grouped.shape)
         for request in self._extend_plan(layer, q.dtype, forward_batch):

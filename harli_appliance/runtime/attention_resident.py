@@ -57,20 +57,18 @@ class _Group:
         self.capacity = group.length + ROOM
         self._member = torch.arange(self.members)
         self._newest = torch.tensor(lengths) - 1
+        self.mask = group.mask
         self._mask: Tensor | None = None
         if group.mask is not None:
             self._mask = group.mask.new_full((self.members, 1, 1, self.capacity), float("-inf"))
             self._mask[..., : self.length] = group.mask
-
-    @property
-    def mask(self) -> Tensor | None:
-        return None if self._mask is None else self._mask[..., : self.length]
 
     def grow(self) -> None:
         self.length += 1
         self._newest += 1
         if self._mask is not None:
             self._mask[self._member, 0, 0, self._newest] = 0.0
+            self.mask = self._mask[..., : self.length]
 
     def sources(self, heads: int) -> Tensor:
         """What [members, heads, capacity] is filled from, as rows of a cache [slots * heads, d].
@@ -87,16 +85,28 @@ class _Group:
         return line + self._newest[:, None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer's rows: [2 * rows, d], K before V, and in each the groups; and the same as a group's K and V.
+
+    Attributes:
+        groups: of each group K and V, [members, heads, capacity, d].
+    """
+
+    rows: Tensor
+    groups: tuple[tuple[Tensor, Tensor], ...]
+
+
 @dataclass(slots=True)
 class _Batch:
-    """The batch that is held; a layer's K and V are [rows, d]: of each group [members, heads, capacity]."""
+    """The batch that is held."""
 
     plan: DecodePlan
     groups: tuple[_Group, ...]
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    layers: dict[int, _Layer] = field(default_factory=dict)
     sources: dict[int, Tensor] = field(default_factory=dict)
     newest: dict[int, Tensor] = field(default_factory=dict)
-    """Both by number of heads: rows of the cache to fill from, and where each request's new row goes."""
+    """Both by number of heads: rows of the cache to fill from, and where each request's new K and V go."""
     fresh: bool = True
     """Whether this is the step in which it was made: layers join now or never."""
 
@@ -149,7 +159,7 @@ class ResidentKV:
         """A layer's rows, the new ones included; None when they are not held and must be gathered.
 
         Args:
-            new: K and V of one new token for each request, heads x d numbers each.
+            new: K and V of one new token for each request, [requests, heads, d].
             cache: the layer's K and V, [slots, heads, d], the new ones already in it.
             plan: of this step, without a window.
         """
@@ -159,10 +169,11 @@ class ResidentKV:
             self._batch = self._begin(plan())
         batch, heads = self._batch, cache[0].shape[1]
         if layer in batch.layers:
-            self._add(batch, layer, new, heads)
+            held = batch.layers[layer].rows
+            held.index_copy_(0, batch.newest[heads], torch.cat(new).view(-1, held.shape[1]))
         elif not (batch.fresh and self._fill(batch, layer, *cache)):
             return None
-        return Reads(self._reads(batch, layer, heads), batch.plan)
+        return Reads(_reads(batch, layer), batch.plan)
 
     def _begin(self, plan: DecodePlan) -> _Batch:
         self._taken = 0
@@ -179,21 +190,29 @@ class ResidentKV:
         if heads not in batch.sources:
             batch.sources[heads] = torch.cat([group.sources(heads) for group in batch.groups])
             batch.newest[heads] = self._newest(batch, heads)
-        held_k, held_v = memory.view(2, rows, size)
-        for cache, held in ((keys, held_k), (values, held_v)):
-            torch.index_select(cache.view(-1, size), 0, batch.sources[heads], out=held)
-        batch.layers[layer] = (held_k, held_v)
+        held = memory.view(2, rows, size)
+        for cache, part in zip((keys, values), held, strict=True):
+            torch.index_select(cache.view(-1, size), 0, batch.sources[heads], out=part)
+        groups, begin = [], 0
+        for group in batch.groups:
+            end = begin + group.members * heads * group.capacity
+            k, v = held[:, begin:end].view(2, group.members, heads, group.capacity, size)
+            groups.append((k, v))
+            begin = end
+        batch.layers[layer] = _Layer(held.view(-1, size), tuple(groups))
         return True
 
     @staticmethod
     def _newest(batch: _Batch, heads: int) -> Tensor:
-        """[requests * heads], in the order of the batch, not of the plan."""
+        """[2 * requests * heads]: of K and then of V, in the order of the batch, not of the plan."""
         parts, begin = [], 0
         for group in batch.groups:
             parts.append(begin + group.newest(heads))
             begin += group.members * heads * group.capacity
         newest = torch.cat(parts)
-        return (newest if batch.plan.inverse is None else newest[batch.plan.inverse]).flatten()
+        if batch.plan.inverse is not None:
+            newest = newest[batch.plan.inverse]
+        return torch.cat((newest.flatten(), begin + newest.flatten()))
 
     def _take(self, numbers: int, dtype: torch.dtype) -> Tensor | None:
         """Memory that is this batch's until it ends; pages are touched, and then kept, as they are needed."""
@@ -205,18 +224,8 @@ class ResidentKV:
         self._taken = -(-end // ALIGNMENT) * ALIGNMENT
         return self._memory[begin:end].view(dtype)
 
-    @staticmethod
-    def _add(batch: _Batch, layer: int, new: tuple[Tensor, Tensor], heads: int) -> None:
-        for held, rows in zip(batch.layers[layer], new, strict=True):
-            held.index_copy_(0, batch.newest[heads], rows.reshape(-1, held.shape[1]))
 
-    @staticmethod
-    def _reads(batch: _Batch, layer: int, heads: int) -> Iterator[Read]:
-        k, v = batch.layers[layer]
-        begin = 0
-        for group in batch.groups:
-            end = begin + group.members * heads * group.capacity
-            shape = (group.members, heads, group.capacity, -1)
-            keys, values = (held[begin:end].view(shape).narrow(2, 0, group.length) for held in (k, v))
-            yield Read(group.begin, group.end, keys, values, group.mask)
-            begin = end
+def _reads(batch: _Batch, layer: int) -> Iterator[Read]:
+    for group, (k, v) in zip(batch.groups, batch.layers[layer].groups, strict=True):
+        length = group.length
+        yield Read(group.begin, group.end, k.narrow(2, 0, length), v.narrow(2, 0, length), group.mask)
