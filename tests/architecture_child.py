@@ -53,7 +53,8 @@ def train(backbone: Any, adapter: Any, slots: Any) -> list[float]:
         _, wanted = by_backpropagation(adapter, data)
         total = [torch.zeros_like(parameter) for parameter in adapter.parameters()]
         for sequence in pack(data, 100):
-            leased = slots.take(footprint(backbone, len(sequence)).slots, evict=True)
+            needed = footprint(backbone, len(sequence)).slots
+            leased = slots.take(needed, evict=needed)
             batch = MicroBatch(
                 backbone,
                 adapter,

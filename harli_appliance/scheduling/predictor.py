@@ -86,22 +86,15 @@ class Predictor:
         if not math.isfinite(measured_ms) or measured_ms <= 0.0:
             return
         stage: Stage = "fused" if fused_tokens else "corun" if corun else "solo"
-        bound = (
-            self.fused(step, fused_tokens)
-            if fused_tokens
-            else self.corun(step, split)
-            if corun
-            else self.solo(step, split)
-        )
-        if bound is not None:
-            self._errors.append(abs(bound.expected_ms - measured_ms) / measured_ms)
-            self._above.append(measured_ms > bound.upper_ms)
         base = 0.0 if stage == "solo" else self._alone(step, split)
         if not math.isfinite(base):
             return  # no first stage yet to measure the slowdown against
         features = (1.0, float(fused_tokens)) if fused_tokens else _features(step)
         key = (stage, step.kind, "" if fused_tokens else _name(split))
-        self._regimes.setdefault(key, Regime(self._quantile)).add(features, measured_ms, base)
+        bound = self._regimes.setdefault(key, Regime(self._quantile)).add(features, measured_ms, base)
+        if bound is not None:
+            self._errors.append(abs(bound.expected_ms - measured_ms) / measured_ms)
+            self._above.append(measured_ms > bound.upper_ms)
 
     def observe_training(self, tokens: float, seconds: float, split: Split | None = None) -> None:
         """Learn how fast training goes: tokens done (parts count) in `seconds` of the training lane's time."""

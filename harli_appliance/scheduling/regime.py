@@ -73,8 +73,8 @@ class Regime:
         """f(features); NaN before there are enough samples."""
         return self._predict(features) if self._coefficients is not None else math.nan
 
-    def add(self, features: Features, total: float, base: float = 0.0) -> None:
-        """Learn from one step."""
+    def add(self, features: Features, total: float, base: float = 0.0) -> Bound | None:
+        """Learn from one step; the bound that had been predicted for it."""
         bound = self.bound(features, base)
         if bound is not None:
             missed = total > bound.upper_ms
@@ -87,6 +87,7 @@ class Regime:
             self._scale(1.0 + sorted(self._recent)[DRIFT // 2])
         elif len(self._samples) >= ENOUGH and (self._coefficients is None or self._since_fit >= REFIT):
             self._fit()
+        return bound
 
     # -- how far off -------------------------------------------------------------------------------------
 
