@@ -25,7 +25,6 @@ from harli_appliance.device.partition import Partition, cpu_name, cpu_partition,
 from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.lanes import Lane
-from harli_appliance.engine.slo import SloTracker
 from harli_appliance.errors import (
     ApplianceUnavailable,
     ConfigError,
@@ -44,6 +43,7 @@ from harli_appliance.runtime.architectures import refuse_unservable
 from harli_appliance.runtime.text import TextCodec
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.scheduling.slo import SloTracker
 from harli_appliance.schema import (
     ModelView,
     PartitionView,

@@ -16,12 +16,12 @@ from harli_appliance.answers import Answer, sampling_of_choice
 from harli_appliance.api.ports import ChatCall, Generation
 from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.engine.engine import Engine
-from harli_appliance.engine.slo import RequestTiming
 from harli_appliance.engine.streams import TokenStream
 from harli_appliance.errors import HarliError, UsageError
 from harli_appliance.runtime.grammar import check_json_schema
 from harli_appliance.runtime.protocol import NewTokens, Sampling, Submission
 from harli_appliance.runtime.text import TextCodec
+from harli_appliance.scheduling.slo import RequestTiming
 from harli_appliance.store.usage import RequestUsage, UsageLog
 
 

@@ -7,9 +7,9 @@ from typing import TypedDict
 
 from harli_appliance.api.ports import Job
 from harli_appliance.engine.engine import Engine
-from harli_appliance.engine.slo import Quantiles
 from harli_appliance.engine.telemetry import pool_view
 from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.scheduling.slo import Quantiles
 from harli_appliance.schema import (
     JobView,
     Mode,

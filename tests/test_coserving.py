@@ -18,13 +18,13 @@ from peft import PeftModel
 from harli_appliance.api.ports import Job
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.lanes import Lane
-from harli_appliance.engine.slo import SloTracker
 from harli_appliance.memory.pool import SlotPool
 from harli_appliance.runtime.protocol import Sampling, Submission
 from harli_appliance.runtime.text import TextCodec
 from harli_appliance.runtime.weights import assert_shared, shared_model
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.scheduling.slo import SloTracker
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.job_run import JobRun, RunOptions
 from harli_appliance.training.trainer import Trainer

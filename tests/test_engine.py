@@ -12,7 +12,6 @@ from torch import Tensor
 
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.lanes import Lane
-from harli_appliance.engine.slo import SloTracker
 from harli_appliance.errors import EngineFault, Overloaded, UsageError
 from harli_appliance.memory.pool import Lease, SlotCounts, SlotPool
 from harli_appliance.runtime.protocol import (
@@ -25,6 +24,7 @@ from harli_appliance.runtime.protocol import (
 )
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.scheduling.slo import SloTracker
 from harli_appliance.scheduling.types import Outlook
 
 

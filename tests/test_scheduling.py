@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harli_appliance.engine.slo import SloTracker
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.regime import ENOUGH
 from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.scheduling.slo import SloTracker
 from harli_appliance.scheduling.types import Outlook, Step
 
 READY = Outlook(ready=True, unit_ms=20.0)

@@ -14,7 +14,6 @@ from typing import Any, cast
 from harli_appliance.device.partition import cpu_partition
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.lanes import Lane
-from harli_appliance.engine.slo import SloTracker
 from harli_appliance.memory.pool import SlotPool
 from harli_appliance.runtime.arguments import RuntimeOptions
 from harli_appliance.runtime.kv import SglangSlots
@@ -22,6 +21,7 @@ from harli_appliance.runtime.protocol import Sampling, Submission
 from harli_appliance.runtime.sglang_runtime import SglangRuntime
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.scheduling.slo import SloTracker
 from harli_appliance.scheduling.types import Outlook
 from harli_appliance.training.trainer import Trainer, TrainerState
 

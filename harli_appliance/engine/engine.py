@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import structlog
 
 from harli_appliance.engine.lanes import Lane
-from harli_appliance.engine.slo import RequestTiming, SloTracker
 from harli_appliance.engine.streams import TokenStream
 from harli_appliance.engine.telemetry import SAMPLE_EVERY_S, Rate, Telemetry
 from harli_appliance.errors import Overloaded
 from harli_appliance.memory.pool import PoolUse, SlotPool
 from harli_appliance.runtime.protocol import NewTokens, QueueDepth, Runtime, StepPlan, Submission
 from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.scheduling.slo import RequestTiming, SloTracker
 from harli_appliance.scheduling.types import Decision, Step
 from harli_appliance.training.trainer import Trainer
 

@@ -1,6 +1,6 @@
 """Training beside serving whenever the bound of the slower step leaves the reserve untouched.
 
-Requests bank what they gain on the promise (see `engine.slo`), and co-running steps may spend it, all but a
+Requests bank what they gain on the promise (see `scheduling.slo`), and co-running steps may spend it, all but a
 reserve: a prompt that arrives makes running requests wait, which must not push them over. A co-run that is slower
 than the promised time per token drains the slack, so once training was stopped it starts again only when there is
 room for a few steps in a row.

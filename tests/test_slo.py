@@ -1,0 +1,74 @@
+"""Deadlines: the heap against the plain definition, and steps counted for everybody against one by one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harli_appliance.scheduling.deadlines import Deadlines
+from harli_appliance.scheduling.slo import SloTracker
+
+NAMES = st.sampled_from("abcdefgh")
+EVENTS = st.lists(
+    st.tuples(st.sampled_from(["arrive", "first", "decode", "end", "promise"]), NAMES, st.floats(0.001, 0.5)),
+    max_size=60,
+)
+
+
+@given(
+    moves=st.lists(
+        st.tuples(st.sampled_from(["set", "discard", "put_off"]), NAMES, st.floats(0, 100)), max_size=300
+    )
+)
+def test_the_earliest_deadline_is_the_earliest(moves: list[tuple[str, str, float]]) -> None:
+    deadlines, known = Deadlines(0.5), dict[str, float]()
+    for what, name, due in moves:
+        if what == "set":
+            deadlines.set(name, due)
+            known[name] = due
+        elif what == "discard":
+            deadlines.discard(name)
+            known.pop(name, None)
+        else:
+            deadlines.put_off()
+            known = {name: due + 0.5 for name, due in known.items()}
+        assert deadlines.earliest() == pytest.approx(min(known.values(), default=math.inf))
+
+
+@given(events=EVENTS)
+def test_a_round_is_a_token_for_every_running_request(events: list[tuple[str, str, float]]) -> None:
+    together, single = SloTracker(100, 1000), SloTracker(100, 1000)
+    now, arrived, first, tokens = 0.0, dict[str, float](), dict[str, float](), dict[str, int]()
+    for what, name, gap in events:
+        now += gap
+        if what == "arrive" and name not in arrived:
+            arrived[name] = now
+            for slo in (together, single):
+                slo.arrived(name, now)
+        elif what == "first" and name in arrived and name not in first:
+            first[name], tokens[name] = now, 1
+            for slo in (together, single):
+                slo.produced(name, 1, now)
+        elif what == "decode":
+            together.decoded(now)
+            for running in tokens:
+                tokens[running] += 1
+                single.produced(running, 1, now)
+        elif what == "end" and name in arrived:
+            timings = [slo.ended(name, "finished") for slo in (together, single)]
+            assert timings[0] == timings[1]
+            for known in (arrived, first, tokens):
+                known.pop(name, None)
+        elif what == "promise":
+            for slo in (together, single):
+                slo.tpot_ms, slo.ttft_ms = 1e3 * gap, 4e3 * gap
+        dues = [
+            first[name] + tokens[name] * single.tpot_ms / 1e3 if name in first else at + single.ttft_ms / 1e3
+            for name, at in arrived.items()
+        ]
+        for slo in (together, single):
+            assert slo.slack_ms(now) == pytest.approx(1e3 * (min(dues, default=math.inf) - now), abs=1e-6)
+    assert together.attainment == single.attainment
