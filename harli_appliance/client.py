@@ -213,10 +213,9 @@ class HarliClient:
         suffix: str | None = None,
         seed: int | None = None,
         metadata: Mapping[str, str] | None = None,
-        **hyperparameters: float | None,
+        **hyperparameters: float | str | None,
     ) -> JobObject:
-        """Queue a job. `hyperparameters`: n_epochs, batch_size, learning_rate, lora_rank, lora_alpha, use_rslora,
-        lora_dropout."""
+        """Queue a job. `hyperparameters` are those of `api.wire.Hyperparameters`; the rest is chosen."""
         chosen = {name: value for name, value in hyperparameters.items() if value is not None}
         fields = {
             "model": model,

@@ -27,6 +27,9 @@ def _known_policy(name: str) -> str:
 PolicyName = Annotated[str, AfterValidator(_known_policy)]
 """One of `scheduling.names.POLICY_NAMES`."""
 
+LearningRateSchedule = Literal["cosine", "linear", "constant"]
+"""What the learning rate does after its warm-up: falls to a tenth along half a cosine or a line, or stays."""
+
 JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 
 

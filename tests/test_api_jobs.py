@@ -152,6 +152,9 @@ async def test_a_job_with_the_method_of_today(client: openai.AsyncOpenAI, port: 
                     "lora_alpha": 8,
                     "use_rslora": True,
                     "lora_dropout": 0.1,
+                    "lr_scheduler_type": "constant",
+                    "warmup_ratio": 0.25,
+                    "max_grad_norm": 0.5,
                 }
             },
         },
@@ -160,6 +163,7 @@ async def test_a_job_with_the_method_of_today(client: openai.AsyncOpenAI, port: 
     assert (spec.n_epochs, spec.batch_size, spec.learning_rate) == (2, None, 1e-3)
     assert (spec.lora_rank, spec.lora_alpha, spec.suffix, spec.seed) == (4, 8.0, "harbour", 7)
     assert (spec.use_rslora, spec.lora_dropout) == (True, 0.1)
+    assert (spec.lr_scheduler_type, spec.warmup_ratio, spec.max_grad_norm) == ("constant", 0.25, 0.5)
     assert (job.status, job.seed, job.metadata) == ("queued", 7, {"team": "docs"})
     assert job.hyperparameters.n_epochs == 2
     assert job.hyperparameters.batch_size == 4
@@ -169,6 +173,9 @@ async def test_a_job_with_the_method_of_today(client: openai.AsyncOpenAI, port: 
         "lora_alpha": 8.0,
         "use_rslora": True,
         "lora_dropout": 0.1,
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0.25,
+        "max_grad_norm": 0.5,
     }
     assert job.method is not None
     assert job.method.type == "supervised"
@@ -198,6 +205,13 @@ async def test_a_job_with_the_older_hyperparameters(client: openai.AsyncOpenAI, 
         ({"hyperparameters": {"learning_rate": 2}}, "invalid_request", "hyperparameters.learning_rate"),
         ({"hyperparameters": {"lora_dropout": 1.0}}, "invalid_request", "hyperparameters.lora_dropout"),
         ({"hyperparameters": {"use_rslora": 1}}, "invalid_request", "hyperparameters.use_rslora"),
+        (
+            {"hyperparameters": {"lr_scheduler_type": "step"}},
+            "invalid_request",
+            "hyperparameters.lr_scheduler_type",
+        ),
+        ({"hyperparameters": {"warmup_ratio": -0.1}}, "invalid_request", "hyperparameters.warmup_ratio"),
+        ({"hyperparameters": {"max_grad_norm": 1e4}}, "invalid_request", "hyperparameters.max_grad_norm"),
         ({"hyperparameters": {"lora_ranks": 2}}, "unknown_parameter", "hyperparameters.lora_ranks"),
         ({"hyperparameters": {}, "method": {"type": "supervised"}}, "invalid_request", "hyperparameters"),
         ({"suffix": "no spaces"}, "invalid_request", "suffix"),

@@ -262,13 +262,15 @@ def test_an_answer_that_breaks_off_fails(port: FakeAppliance, out: Out) -> None:
 
 def test_a_job_from_a_file(port: FakeAppliance, training_file: Path, out: Out) -> None:
     options = ["--epochs", "2", "--batch-size", "3", "--learning-rate", "1e-3", "--lora-rank", "4"]
-    options += ["--rslora", "--lora-dropout", "0.1"]
+    options += ["--rslora", "--lora-dropout", "0.1", "--lr-scheduler", "linear", "--warmup-ratio", "0"]
+    options += ["--max-grad-norm", "2"]
     assert run(["jobs", "create", str(training_file), *options, "--suffix", "harbour", "--seed", "7"]) == 0
     assert out()[0] == "ftjob-0\n"
     spec = port.specs[0]
     assert (spec.model, spec.n_epochs, spec.batch_size) == (BASE, 2, 3)
     assert (spec.learning_rate, spec.lora_rank, spec.suffix, spec.seed) == (1e-3, 4, "harbour", 7)
     assert (spec.use_rslora, spec.lora_dropout) == (True, 0.1)
+    assert (spec.lr_scheduler_type, spec.warmup_ratio, spec.max_grad_norm) == ("linear", 0.0, 2.0)
     assert port.stored[spec.training_file].filename == "train.jsonl"
     assert run(["jobs", "create", spec.training_file, "--json"]) == 0
     assert json.loads(out()[0])["training_file"] == spec.training_file

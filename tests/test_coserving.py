@@ -298,6 +298,6 @@ async def test_a_loss_that_explodes_fails_the_job_and_not_serving(
 ) -> None:
     made = await rig(job=a_job(epochs=30, rate=1e30))
     await asyncio.wait_for(made.queue.ended.wait(), 120)
-    assert made.queue.outcome.startswith("failed: loss_not_finite")
+    assert made.queue.outcome.startswith("failed: loss_diverged")
     ids = prompt(3, 20)
     assert await made.answer("still", ids, 8) == greedy(reference, ids, 8)

@@ -189,6 +189,7 @@ async def test_a_job_is_stored_with_every_default_resolved(queue, spec):
     assert (job.status, job.n_epochs, job.batch_size, job.learning_rate) == ("queued", 3, 8, 1e-3)
     assert (job.lora_rank, job.lora_alpha) == (8, 16.0)
     assert (job.use_rslora, job.lora_dropout) == (False, 0.0)
+    assert (job.lr_scheduler_type, job.warmup_ratio, job.max_grad_norm) == ("cosine", 0.1, 1.0)
     assert 0 <= job.seed <= MAX_SEED
     assert job.fine_tuned_model is None
     assert await messages(queue, job.id) == [f"Created fine-tuning job: {job.id}"]
@@ -207,6 +208,9 @@ async def test_a_job_keeps_what_was_asked_for(queue, spec):
         lora_alpha=1.5,
         use_rslora=True,
         lora_dropout=0.25,
+        lr_scheduler_type="linear",
+        warmup_ratio=0.0,
+        max_grad_norm=0.0,
         metadata={"team": "blau\ud800"},
     )
     job = await queue.create_job(asked)
@@ -214,6 +218,7 @@ async def test_a_job_keeps_what_was_asked_for(queue, spec):
     assert (job.learning_rate, job.lora_rank, job.lora_alpha) == (0.5, 4, 1.5)
     assert job.use_rslora is True
     assert job.lora_dropout == 0.25
+    assert (job.lr_scheduler_type, job.warmup_ratio, job.max_grad_norm) == ("linear", 0.0, 0.0)
     assert await queue.job(job.id) == job
     assert (await queue.job(job.id)).metadata == {"team": "blau\ud800"}
 
@@ -241,6 +246,11 @@ async def test_a_job_keeps_what_was_asked_for(queue, spec):
         ("lora_dropout", -0.1),
         ("lora_dropout", 0.95),
         ("lora_dropout", float("nan")),
+        ("lr_scheduler_type", "polynomial"),
+        ("warmup_ratio", 1.01),
+        ("warmup_ratio", float("nan")),
+        ("max_grad_norm", -1.0),
+        ("max_grad_norm", float("inf")),
         ("metadata", {"k" * 65: "v"}),
         ("metadata", {"k": "v" * 513}),
         ("metadata", {str(n): "v" for n in range(17)}),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,11 @@ class Bench:
         make = lambda: [torch.zeros(600, self.backbone.kv_width) for _ in layers]  # noqa: E731
         self._buffers = (make(), make())
 
-    def run(self, home: str, leasable: int = 500, every: int = 1, dropout: float = 0.0) -> JobRun:
+    def run(
+        self, home: str, leasable: int = 500, every: int = 1, dropout: float = 0.0, **changes: Any
+    ) -> JobRun:
         options = RunOptions(16, 64, every, 3, self._home / home)
-        job = a_job(epochs=2, dropout=dropout)
+        job = replace(a_job(epochs=2, dropout=dropout), **changes)
         return JobRun(job, self._data, self.backbone, self._codec, self._buffers, options, leasable)
 
     def step(self, run: JobRun) -> float:
@@ -115,6 +119,49 @@ def test_every_micro_batch_draws_its_own_masks(bench: Bench, monkeypatch: pytest
     run.close()
     assert len(keys) == batches > 3
     assert len(set(keys)) == batches
+
+
+@pytest.mark.parametrize(("value", "limit"), [(math.nan, 3.0), (0.01, 0.1)])
+def test_a_loss_that_diverges_fails_the_job_and_leaves_its_last_good_checkpoint(
+    bench: Bench, value: float, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = bench.run("diverged")
+    bench.step(run)
+    run.checkpoint()
+    good = weights(run)
+    bench.step(run)
+    with torch.no_grad():
+        for parameter in run.adapter.parameters():
+            parameter.fill_(value)
+    run.checkpoint()  # nothing shows yet that these weights are bad
+    monkeypatch.setattr(job_run, "DIVERGED", limit)
+    with pytest.raises(JobFailed, match="lower learning rate") as failure:
+        bench.step(run)
+    assert failure.value.code == "loss_diverged"
+    run.close()
+    again = bench.run("diverged")
+    assert again.step == 1
+    assert all(torch.equal(value, good[name]) for name, value in weights(again).items())
+    again.close()
+
+
+@pytest.mark.parametrize("most", [0.0, 1e-3, 1e3])
+def test_gradients_are_clipped_to_the_norm_of_the_job(
+    bench: Bench, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+
+    def noting(self: torch.optim.AdamW) -> None:
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in self.param_groups[0]["params"]]).item())
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    run = bench.run("clipped", max_grad_norm=most)
+    bench.step(run)
+    run.close()
+    if most == 1e-3:
+        assert norms == pytest.approx([1e-3], rel=1e-3)
+    else:
+        assert norms[0] > 2e-3
 
 
 def test_a_job_that_cannot_fit_is_refused_with_the_numbers(bench: Bench) -> None:

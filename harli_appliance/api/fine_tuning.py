@@ -89,15 +89,8 @@ def _one(job: Job) -> web.Response:
 
 
 def job_object(job: Job) -> JobObject:
-    hyperparameters = Hyperparameters(
-        n_epochs=job.n_epochs,
-        batch_size=job.batch_size,
-        learning_rate=job.learning_rate,
-        lora_rank=job.lora_rank,
-        lora_alpha=job.lora_alpha,
-        use_rslora=job.use_rslora,
-        lora_dropout=job.lora_dropout,
-    )
+    names = Hyperparameters.model_fields.keys() - {"learning_rate_multiplier"}
+    hyperparameters = Hyperparameters(**{name: getattr(job, name) for name in names})
     error = None
     if job.error_code is not None:
         error = JobError(code=job.error_code, message=job.error_message or job.error_code)

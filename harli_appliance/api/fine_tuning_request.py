@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from harli_appliance.api.bodies import Body, contradiction, unsupported
 from harli_appliance.api.ports import JobSpec
+from harli_appliance.schema import LearningRateSchedule
 
 
 class HyperparametersBody(Body):
@@ -30,6 +31,9 @@ class HyperparametersBody(Body):
     lora_alpha: Annotated[float, Field(gt=0, le=4096)] | None = None
     use_rslora: bool | None = None
     lora_dropout: Annotated[float, Field(ge=0, le=0.9)] | None = None
+    lr_scheduler_type: LearningRateSchedule | None = None
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_grad_norm: Annotated[float, Field(ge=0, le=1000)] | None = None
 
     @field_validator("learning_rate_multiplier")
     @classmethod
@@ -38,16 +42,7 @@ class HyperparametersBody(Body):
             raise unsupported("'learning_rate_multiplier' is not supported; give 'learning_rate', e.g. 2e-4")
         return value
 
-    @field_validator(
-        "n_epochs",
-        "batch_size",
-        "learning_rate",
-        "lora_rank",
-        "lora_alpha",
-        "use_rslora",
-        "lora_dropout",
-        mode="before",
-    )
+    @field_validator("*", mode="before")
     @classmethod
     def _auto(cls, value: object) -> object:
         return None if value == "auto" else value

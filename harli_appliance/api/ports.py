@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from harli_appliance.schema import JobStatus, ModelView, PolicyChange, Status, Timeline
+from harli_appliance.schema import JobStatus, LearningRateSchedule, ModelView, PolicyChange, Status, Timeline
 
 FinishReason = Literal["stop", "length"]
 
@@ -114,6 +114,9 @@ class JobSpec:
     lora_alpha: float | None = None
     use_rslora: bool | None = None
     lora_dropout: float | None = None
+    lr_scheduler_type: LearningRateSchedule | None = None
+    warmup_ratio: float | None = None
+    max_grad_norm: float | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -136,6 +139,11 @@ class Job:
     """Scale by alpha / sqrt(rank) in place of alpha / rank."""
     lora_dropout: float = 0.0
     """Share of the adapter's inputs that is dropped while learning."""
+    lr_scheduler_type: LearningRateSchedule = "cosine"
+    warmup_ratio: float = 0.1
+    """Share of all steps over which the learning rate rises to `learning_rate`."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger 2-norm are scaled down to it; 0 leaves them alone."""
     suffix: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     started_at: int | None = None

@@ -10,7 +10,7 @@ from typing import Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from harli_appliance.schema import JobStatus
+from harli_appliance.schema import JobStatus, LearningRateSchedule
 
 Item = TypeVar("Item")
 
@@ -158,6 +158,9 @@ class Hyperparameters(WireObject):
     lora_alpha: float
     use_rslora: bool
     lora_dropout: float
+    lr_scheduler_type: LearningRateSchedule
+    warmup_ratio: float
+    max_grad_norm: float
 
 
 class SupervisedMethod(WireObject):

@@ -36,6 +36,15 @@ def create(
     lora_dropout: Annotated[
         float | None, typer.Option(help="Share of the adapter's inputs dropped while learning, e.g. 0.05.")
     ] = None,
+    lr_scheduler: Annotated[
+        str | None, typer.Option(help="After the warm-up the learning rate is: cosine, linear or constant.")
+    ] = None,
+    warmup_ratio: Annotated[
+        float | None, typer.Option(help="Share of the steps over which the learning rate rises, e.g. 0.1.")
+    ] = None,
+    max_grad_norm: Annotated[
+        float | None, typer.Option(help="Gradients are clipped to this norm, e.g. 1; 0 leaves them alone.")
+    ] = None,
     suffix: Annotated[str | None, typer.Option(help="Becomes part of the adapter's name.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same order of examples.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the job has ended.")] = False,
@@ -61,6 +70,9 @@ def create(
             lora_alpha=lora_alpha,
             use_rslora=rslora or None,
             lora_dropout=lora_dropout,
+            lr_scheduler_type=lr_scheduler,
+            warmup_ratio=warmup_ratio,
+            max_grad_norm=max_grad_norm,
         )
 
     job = talk(url, work)
@@ -134,7 +146,8 @@ def show(job_id: JobId, json: Json = False, url: Url = None) -> None:
         "training file": job.training_file,
         "epochs": str(chosen.n_epochs),
         "batch size": str(chosen.batch_size),
-        "learning rate": f"{chosen.learning_rate:g}",
+        "learning rate": f"{chosen.learning_rate:g}, {chosen.lr_scheduler_type}, "
+        f"warm-up over {chosen.warmup_ratio:.0%} of the steps",
         "LoRA": f"rank {chosen.lora_rank}, alpha {chosen.lora_alpha:g}, dropout {chosen.lora_dropout:g}"
         + (", rank-stabilised" if chosen.use_rslora else ""),
         "seed": str(job.seed),

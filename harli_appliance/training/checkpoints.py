@@ -1,8 +1,8 @@
 """Checkpoints of a running job: written whole or not at all, and refused when a byte is wrong.
 
-A checkpoint is a folder ``step-NNNNNN`` with ``state.safetensors`` and ``manifest.json`` (step, progress, SHA-256
-of the tensors). It is written beside its place, flushed to disk and renamed, so that a power cut leaves either
-the old ones or the new one. Knows files and tensors, not training.
+A checkpoint is a folder ``step-NNNNNN`` with ``state.safetensors`` and ``manifest.json``: a line of JSON (step,
+progress, SHA-256 of the tensors) and the SHA-256 of that line. It is written beside its place, flushed to disk and
+renamed, so that a power cut leaves either the old ones or the new one. Knows files and tensors, not training.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def save(home: Path, progress: Progress, tensors: Mapping[str, Tensor], keep: in
     def fill(folder: Path) -> None:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, folder / _TENSORS)
-        manifest = {**asdict(progress), "sha256": _digest(folder / _TENSORS)}
-        (folder / _MANIFEST).write_text(json.dumps(manifest))
+        manifest = json.dumps({**asdict(progress), "sha256": _digest(folder / _TENSORS)}).encode()
+        (folder / _MANIFEST).write_bytes(manifest + b"\n" + _sealed(manifest))
 
-    folder = home / f"step-{progress.step:06d}"
+    folder = _folder(home, progress.step)
     write_atomically(folder, fill)
     for old in _folders(home)[keep:]:
         shutil.rmtree(old)
@@ -72,7 +72,10 @@ def load_newest(home: Path) -> tuple[Progress, dict[str, Tensor]] | None:
     """The newest checkpoint that is whole, None when there is none; damaged ones are passed over."""
     for folder in _folders(home):
         try:
-            manifest = json.loads((folder / _MANIFEST).read_text())
+            line, _, seal = (folder / _MANIFEST).read_bytes().rpartition(b"\n")
+            if seal != _sealed(line):
+                raise ValueError("its manifest is not as it was written")
+            manifest = json.loads(line)
             if manifest.pop("sha256") != _digest(folder / _TENSORS):
                 raise ValueError("its tensors do not match the manifest")
             return Progress(**manifest), load_file(folder / _TENSORS)
@@ -81,13 +84,26 @@ def load_newest(home: Path) -> tuple[Progress, dict[str, Tensor]] | None:
     return None
 
 
+def remove(home: Path, step: int) -> None:
+    """Remove the checkpoint of `step`, if there is one."""
+    shutil.rmtree(_folder(home, step), ignore_errors=True)
+
+
 def discard(home: Path) -> None:
     shutil.rmtree(home, ignore_errors=True)
+
+
+def _folder(home: Path, step: int) -> Path:
+    return home / f"step-{step:06d}"
 
 
 def _folders(home: Path) -> list[Path]:
     """Newest first."""
     return sorted(home.glob("step-*"), reverse=True)
+
+
+def _sealed(manifest: bytes) -> bytes:
+    return hashlib.sha256(manifest).hexdigest().encode()
 
 
 def _digest(path: Path) -> str:

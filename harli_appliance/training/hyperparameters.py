@@ -8,9 +8,12 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from collections.abc import Sequence
+from typing import get_args
 
 from harli_appliance.api.ports import Job, JobSpec
 from harli_appliance.errors import UsageError
+from harli_appliance.schema import LearningRateSchedule
 from harli_appliance.store.ids import new_id
 
 N_EPOCHS = 3
@@ -18,11 +21,14 @@ BATCH_SIZE = 8
 LEARNING_RATE = 1e-3
 LORA_RANK = 8
 ALPHA_PER_RANK = 2.0
+WARMUP_RATIO = 0.1
+MAX_GRAD_NORM = 1.0
 
 MAX_EPOCHS = 100
 MAX_BATCH_SIZE = 1024
 MAX_LORA_ALPHA = 4096.0
 MAX_LORA_DROPOUT = 0.9
+LARGEST_GRAD_NORM = 1000.0
 MAX_SEED = 2**31 - 1
 
 _SUFFIX = re.compile(r"[a-zA-Z0-9_-]{1,40}")
@@ -62,6 +68,9 @@ def resolve(spec: JobSpec, *, model: str, max_lora_rank: int) -> Job:
         lora_alpha=spec.lora_alpha if spec.lora_alpha is not None else ALPHA_PER_RANK * rank,
         use_rslora=spec.use_rslora or False,
         lora_dropout=spec.lora_dropout or 0.0,
+        lr_scheduler_type=spec.lr_scheduler_type or "cosine",
+        warmup_ratio=spec.warmup_ratio if spec.warmup_ratio is not None else WARMUP_RATIO,
+        max_grad_norm=spec.max_grad_norm if spec.max_grad_norm is not None else MAX_GRAD_NORM,
         suffix=spec.suffix,
         metadata=dict(spec.metadata),
     )
@@ -71,10 +80,10 @@ def resolve(spec: JobSpec, *, model: str, max_lora_rank: int) -> Job:
     _between("lora_rank", job.lora_rank, 1, max_lora_rank)
     _above_zero("learning_rate", job.learning_rate, 1.0)
     _above_zero("lora_alpha", job.lora_alpha, MAX_LORA_ALPHA)
-    if not 0 <= job.lora_dropout <= MAX_LORA_DROPOUT:  # refuses NaN too
-        raise UsageError(
-            f"lora_dropout is {job.lora_dropout}; choose 0 to {MAX_LORA_DROPOUT:g}", param="lora_dropout"
-        )
+    _from_zero("lora_dropout", job.lora_dropout, MAX_LORA_DROPOUT)
+    _from_zero("warmup_ratio", job.warmup_ratio, 1.0)
+    _from_zero("max_grad_norm", job.max_grad_norm, LARGEST_GRAD_NORM)
+    _one_of("lr_scheduler_type", job.lr_scheduler_type, get_args(LearningRateSchedule))
     if job.suffix is not None and _SUFFIX.fullmatch(job.suffix) is None:
         raise UsageError(
             "suffix must be 1 to 40 letters, digits, '-' or '_'; choose another or leave it out",
@@ -97,6 +106,16 @@ def _between(name: str, value: int, least: int, most: int) -> None:
 def _above_zero(name: str, value: float, most: float) -> None:
     if not 0 < value <= most:  # refuses NaN too
         raise UsageError(f"{name} is {value}; choose a number above 0, {most:g} at most", param=name)
+
+
+def _from_zero(name: str, value: float, most: float) -> None:
+    if not 0 <= value <= most:  # refuses NaN too
+        raise UsageError(f"{name} is {value}; choose 0 to {most:g}", param=name)
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} is '{value}'; choose {', '.join(choices)}", param=name)
 
 
 def _check_metadata(job: Job) -> None:

@@ -22,6 +22,7 @@ from harli_appliance.training.adapter import Adapter
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.dataset import read_examples
 from harli_appliance.training.dropout import sequence_key
+from harli_appliance.training.learning_rate import learning_rate
 from harli_appliance.training.packing import (
     ChatEncoder,
     EncodedExample,
@@ -33,9 +34,8 @@ from harli_appliance.training.packing import (
 )
 from harli_appliance.training.units import MicroBatch
 
-WARMUP = 0.1
-"""Share of the steps over which the learning rate rises linearly; it falls to 10% along a cosine after."""
-CLIP_NORM = 1.0
+DIVERGED = 3.0
+"""A loss so many times that of guessing evenly among all tokens, ln(vocabulary), has exploded."""
 LOSS_TOKENS = 16
 """Learned tokens of a loss unit: against a vocabulary of 49,152 about as long as a backward unit of 128 tokens."""
 
@@ -163,30 +163,28 @@ class JobRun:
         """Apply the gradients of the step.
 
         Raises:
-            JobFailed: the loss or the gradients are not finite; the weights are left as they were.
+            JobFailed: the loss has exploded, or it or the gradients are not finite; the weights are left as they
+                were. A checkpoint of these very weights is removed, the one before stays.
         """
-        parameters = self.adapter.parameters()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
-        if not math.isfinite(self._step_loss) or not torch.isfinite(norm):
+        job = self.job
+        norm = torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), job.max_grad_norm or math.inf)
+        too_large = DIVERGED * math.log(self._backbone.vocabulary)
+        if not (self._step_loss <= too_large and torch.isfinite(norm)):  # NaN is not below anything
+            checkpoints.remove(self._home, self.step)
             raise JobFailed(
-                f"the loss of step {self.step + 1} is not finite; try a lower learning rate than "
-                f"{self.job.learning_rate:g}",
-                code="loss_not_finite",
+                f"the loss of step {self.step + 1} has diverged: it is {self._step_loss:.4g}, the gradients' norm "
+                f"{norm:.4g}; try a lower learning rate than {job.learning_rate:g}, or a longer warm-up",
+                code="loss_diverged",
             )
         for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = learning_rate(
+                job.lr_scheduler_type, job.learning_rate, self.step, self.total_steps, job.warmup_ratio
+            )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.loss = self._step_loss
         self.step += 1
         self._plan_step()
-
-    def _learning_rate(self) -> float:
-        warmup = max(1, round(WARMUP * self.total_steps))
-        if self.step < warmup:
-            return self.job.learning_rate * (self.step + 1) / warmup
-        progress = (self.step - warmup) / max(1, self.total_steps - warmup)
-        return self.job.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
     # -- checkpoints -----------------------------------------------------------------------------------------
 
