@@ -43,7 +43,7 @@ def train(backbone: Any, adapter: Any, slots: Any) -> list[float]:
     from harli_appliance.training.activations import footprint
     from harli_appliance.training.packing import pack
     from harli_appliance.training.units import MicroBatch
-    from tests.test_units import by_backpropagation, examples
+    from tests.test_units import by_backpropagation, examples, zeros
 
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=2e-2, weight_decay=0.0)
     errors = []
@@ -51,7 +51,7 @@ def train(backbone: Any, adapter: Any, slots: Any) -> list[float]:
         data = examples(step, (70, 9, 33, 50))
         learned = sum(example.learned_tokens for example in data)
         _, wanted = by_backpropagation(adapter, data)
-        total = [torch.zeros_like(parameter) for parameter in adapter.parameters()]
+        layers = zeros(backbone, adapter)
         for sequence in pack(data, 100):
             needed = footprint(backbone, len(sequence)).slots
             leased = slots.take(needed, evict=needed)
@@ -64,12 +64,12 @@ def train(backbone: Any, adapter: Any, slots: Any) -> list[float]:
                 normaliser=learned,
                 loss_tokens=16,
                 dropout_key=0,
+                gradients=layers.__getitem__,
             )
             while (unit := batch.next_unit(window=16, layers=2)) is not None:
                 unit.run()
             slots.give(leased)
-            gradients = [gradient for layer in batch.gradients for gradient in layer or ()]
-            total = [a + b for a, b in zip(total, gradients, strict=True)]
+        total = [gradient for layer in layers for gradient in layer]
         pairs = list(zip(total, wanted, strict=True))
         if step == 0:  # B is zero, so that A has no gradient but rounding
             pairs = [(found, want) for found, want in pairs if want.norm() > 0]

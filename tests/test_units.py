@@ -56,11 +56,17 @@ def buffers(backbone: Backbone) -> tuple[list[Tensor], list[Tensor]]:
     return [fill.clone() for _ in layers], [fill.clone() for _ in layers]
 
 
+def zeros(backbone: Backbone, adapter: Adapter) -> list[list[Tensor]]:
+    """Of each layer, for the gradients of its parameters."""
+    layers = range(len(backbone.layers))
+    return [[torch.zeros_like(parameter) for parameter in adapter.parameters(layer)] for layer in layers]
+
+
 def by_units(
     backbone: Backbone, adapter: Adapter, data: list[EncodedExample], room: int, cut: Cut, loss_tokens: int
 ) -> tuple[float, list[Tensor]]:
     learned = sum(example.learned_tokens for example in data)
-    loss, total = 0.0, [torch.zeros_like(p) for p in adapter.parameters()]
+    loss, total = 0.0, zeros(backbone, adapter)
     generator = torch.Generator().manual_seed(room)
     for number, sequence in enumerate(pack(data, room)):
         slots = torch.randperm(POOL, generator=generator)[: footprint(backbone, len(sequence)).slots]
@@ -73,13 +79,12 @@ def by_units(
             normaliser=learned,
             loss_tokens=loss_tokens,
             dropout_key=number,
+            gradients=total.__getitem__,
         )
         while (unit := batch.next_unit(*cut())) is not None:
             unit.run()
         loss += batch.loss
-        found = [gradient for layer in batch.gradients for gradient in layer or ()]
-        total = [a + b for a, b in zip(total, found, strict=True)]
-    return loss, total
+    return loss, [gradient for layer in total for gradient in layer]
 
 
 def by_backpropagation(adapter: Adapter, data: list[EncodedExample]) -> tuple[float, list[Tensor]]:
@@ -194,6 +199,7 @@ def test_a_micro_batch_leases_what_its_footprint_says(trained: tuple[Backbone, A
             normaliser=1,
             loss_tokens=16,
             dropout_key=0,
+            gradients=zeros(backbone, adapter).__getitem__,
         )
 
 
@@ -211,6 +217,7 @@ def test_trained_tokens_are_credited_once(trained: tuple[Backbone, Adapter], lay
         normaliser=1,
         loss_tokens=16,
         dropout_key=0,
+        gradients=zeros(backbone, adapter).__getitem__,
     )
     credited, kinds, left = 0.0, [], []
     while (unit := batch.next_unit(16, layers)) is not None:

@@ -19,6 +19,7 @@ from harli_appliance.errors import JobFailed
 from harli_appliance.training import checkpoints
 from harli_appliance.training.activations import Buffers, footprint
 from harli_appliance.training.adapter import Adapter
+from harli_appliance.training.adapter_state import AdapterState
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.dataset import read_examples
 from harli_appliance.training.dropout import sequence_key
@@ -92,6 +93,8 @@ class JobRun:
             dropout=job.lora_dropout,
         )
         self._optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=job.learning_rate, weight_decay=0.0)
+        layers = [self.adapter.parameters(layer) for layer in range(len(backbone.layers))]
+        self.state = AdapterState(layers, self._optimizer, [*buffers[0], *buffers[1]])
         try:
             self._resume()
         except BaseException:
@@ -136,6 +139,8 @@ class JobRun:
         return footprint(self._backbone, len(self._packs[index])).slots
 
     def begin(self, index: int, slots: Tensor) -> MicroBatch:
+        """Start a micro-batch; what one before it has left unfinished is forgotten."""
+        self.state.begin_batch()
         return MicroBatch(
             self._backbone,
             self.adapter,
@@ -145,16 +150,13 @@ class JobRun:
             normaliser=max(1, self._learned),
             loss_tokens=LOSS_TOKENS,
             dropout_key=sequence_key(self.job.seed, self.step, index),
+            gradients=self.state.batch_gradients,
         )
 
     def finish(self, batch: MicroBatch) -> None:
         """Add a complete micro-batch's gradients to the step's; an incomplete one leaves no trace."""
         self._step_loss += batch.loss
-        for layer, gradients in enumerate(batch.gradients):
-            for parameter, gradient in zip(
-                self.adapter.parameters(layer), gradients or (), strict=gradients is not None
-            ):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self.state.add_batch()
         self.trained_tokens += batch.tokens
 
     # -- steps ---------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ class JobRun:
                 job.lr_scheduler_type, job.learning_rate, self.step, self.total_steps, job.warmup_ratio
             )
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.state.begin_step()
         self.loss = self._step_loss
         self.step += 1
         self._plan_step()
@@ -197,25 +199,15 @@ class JobRun:
         return self.step % self._options.checkpoint_every_steps == 0 and self.step < self.total_steps
 
     def checkpoint(self) -> None:
-        tensors: dict[str, Tensor] = {}
-        for index, parameter in enumerate(self.adapter.parameters()):
-            tensors[f"{index}.value"] = parameter
-            for name, value in self._optimizer.state[parameter].items():
-                tensors[f"{index}.{name}"] = value
         progress = checkpoints.Progress(self.step, self.trained_tokens, self.loss)
-        checkpoints.save(self._home, progress, tensors, self._options.keep_checkpoints)
+        checkpoints.save(self._home, progress, self.state.tensors(), self._options.keep_checkpoints)
 
     def _resume(self) -> None:
         found = checkpoints.load_newest(self._home)
         if found is None:
             return
         progress, tensors = found
-        with torch.no_grad():
-            for index, parameter in enumerate(self.adapter.parameters()):
-                parameter.copy_(tensors[f"{index}.value"])
-                self._optimizer.state[parameter] = {
-                    name: tensors[f"{index}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")
-                }
+        self.state.load(tensors)
         self.step, self.trained_tokens, self.loss = progress.step, progress.trained_tokens, progress.loss
 
     def save_adapter(self, folder: Path) -> None:

@@ -32,6 +32,8 @@ from harli_appliance.training.packing import PackedSequence
 Stage = Literal["forward", "loss", "backward"]
 UnitKind = Literal["forward", "loss", "backward", "step"]
 STAGES: tuple[Stage, ...] = ("forward", "loss", "backward")
+Gradients = Callable[[int], Sequence[Tensor]]
+"""A layer's gradients, one tensor for each of its trained parameters. They may lie elsewhere at the next unit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class MicroBatch:
         normaliser: the loss is the weighted sum of token losses divided by this.
         loss_tokens: learned tokens of a loss piece; logits of that many tokens exist at a time.
         dropout_key: draws the masks of the adapter's dropout, see `dropout.sequence_key`.
+        gradients: where each layer's gradients are added up; zero at the beginning.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class MicroBatch:
         normaliser: float,
         loss_tokens: int,
         dropout_key: int,
+        gradients: Gradients,
     ) -> None:
         self._backbone = backbone
         self._adapter = adapter
@@ -99,10 +103,9 @@ class MicroBatch:
         self._loss_tokens = loss_tokens
         self._dropout_key = dropout_key
         self._rows = Activations(backbone, buffers, slots, len(sequence))
-        self._rotary = backbone.rotary(self._sequence.positions)
         self.tokens = len(sequence)
         self.loss = 0.0
-        self.gradients: list[list[Tensor] | None] = [None] * len(backbone.layers)
+        self._gradients = gradients
         self._enter(0)
 
     # -- the order of work -----------------------------------------------------------------------------
@@ -240,12 +243,8 @@ class MicroBatch:
         self._accumulate(layer, gradients[len(leaves) :])
 
     def _accumulate(self, layer: int, gradients: Sequence[Tensor]) -> None:
-        held = self.gradients[layer]
-        if held is None:
-            self.gradients[layer] = list(gradients)
-        else:
-            for total, gradient in zip(held, gradients, strict=True):
-                total += gradient
+        for total, gradient in zip(self._gradients(layer), gradients, strict=True):
+            total.add_(gradient)
 
     # -- parts of pieces -------------------------------------------------------------------------------
 
@@ -253,7 +252,8 @@ class MicroBatch:
         self, layer: int, hidden: Tensor, past: tuple[Tensor, Tensor] | None, a: int, b: int
     ) -> tuple[Tensor, _Window]:
         cache = _Window(past)
-        cos, sin = self._rotary[layer]
+        # Drawn up again in every unit: kept, it would be memory outside the pool for every token.
+        cos, sin = self._backbone.rotary(self._sequence.positions[a:b])[layer]
         with self._adapter.dropping(self._dropout_key, a, b):
             out: Any = self._backbone.layers[layer](
                 hidden[None],
@@ -261,7 +261,7 @@ class MicroBatch:
                 position_ids=self._sequence.positions[None, a:b],
                 past_key_values=cache,
                 use_cache=True,
-                position_embeddings=(cos[:, a:b], sin[:, a:b]),
+                position_embeddings=(cos, sin),
             )
         return (out[0] if isinstance(out, tuple) else out)[0], cache
 
