@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import structlog
 import torch
 
@@ -20,6 +21,7 @@ from harli_appliance import __version__
 from harli_appliance.api.ports import ChatCall, Generation, Job, JobEvent, JobSpec, StoredFile
 from harli_appliance.completions import Completions
 from harli_appliance.config import Settings
+from harli_appliance.device.choose import choose_gpu
 from harli_appliance.device.cuda import gpu_name, stream_context
 from harli_appliance.device.partition import Partition, cpu_name, cpu_partition, describe_cores
 from harli_appliance.engine.adapters import AdapterShelf
@@ -39,6 +41,7 @@ from harli_appliance.models.architectures import (
     served_context,
 )
 from harli_appliance.models.catalog import config_of, resolve_model
+from harli_appliance.models.size import BFLOAT16, FLOAT32, refuse_too_large
 from harli_appliance.runtime.architectures import refuse_unservable
 from harli_appliance.runtime.text import TextCodec
 from harli_appliance.scheduling.predictor import Predictor
@@ -121,14 +124,19 @@ class Appliance:
         Raises:
             HarliError: the directory is taken, the model cannot be had, or a setting does not fit the machine.
         """
-        if settings.device.kind == "cuda" and not torch.cuda.is_available():
-            raise UsageError("device.kind is 'cuda' but torch sees no GPU; run 'harli doctor'")
+        gpu = choose_gpu(settings.device.kind)
+        if gpu is not None and not torch.cuda.is_available():
+            raise ConfigError(f"the driver shows {gpu.name} and torch does not; run 'harli doctor'")
         lock = HomeLock(settings.home)
         lock.acquire()
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(lock.release)
             folder = await asyncio.to_thread(resolve_model, settings.model.path, settings)
             config = config_of(folder)
+            free, where = (
+                (gpu.free_bytes, gpu.name) if gpu else (psutil.virtual_memory().available, "this machine")
+            )
+            refuse_too_large(folder, settings.memory.pool_slots, BFLOAT16 if gpu else FLOAT32, free, where)
             context = served_context(config, settings.model.context_length)
             if architecture(config) not in FINETUNABLE:
                 await asyncio.to_thread(refuse_unservable, architecture(config))

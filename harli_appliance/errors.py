@@ -12,6 +12,7 @@
     +-- ApplianceUnavailable     503  exit 3   not started, starting, stopping or unreachable
     +-- JobFailed                500  exit 4   a finetuning job ended without an adapter
     +-- EngineFault              500  exit 1   the runtime failed while serving a request
+    +-- PartitionsUnavailable    500  exit 1   the GPU cannot be split between the lanes; they take turns instead
 
 Messages are one line and say what to do. This module knows no library.
 """
@@ -115,3 +116,7 @@ class JobFailed(HarliError):
 
 class EngineFault(HarliError):
     default_code = "engine_fault"
+
+
+class PartitionsUnavailable(HarliError):
+    default_code = "no_partitions"

@@ -86,6 +86,10 @@ def _limit_threads() -> None:
 
 
 async def _serve(settings: Settings) -> int:
+    from harli_appliance.device.choose import choose_gpu
+
+    if choose_gpu(settings.device.kind) is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch and SGLang look for a GPU when they are imported
     # Stand-ins first: transformers, too, trips over a torchvision whose operators cannot load.
     from harli_appliance.runtime import cpu_stand_ins
 

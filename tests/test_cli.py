@@ -190,14 +190,23 @@ def test_top_once(port: FakeAppliance, out: Out) -> None:
     assert json.loads(out()[0])["policy"] == "adaptive"
 
 
+@pytest.fixture
+def _internals_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading SGLang in another process takes ten seconds; `test_internals` looks at its names."""
+    monkeypatch.setattr("harli_appliance.cli.checks.INTERNALS", "pass")
+
+
+@pytest.mark.usefixtures("_internals_not_looked_at")
 def test_doctor(port: FakeAppliance, out: Out) -> None:
     assert run(["doctor", "--json"]) == 0
     checks = {check["name"]: check for check in json.loads(out()[0])["checks"]}
     assert checks["appliance"]["level"] == "ok"
-    assert {"python", "torch", "sglang", "gpu", "cores", "memory", "home", "disk"} <= set(checks)
+    wanted = {"python", "torch", "sglang", "internals", "gpu", "model", "cores", "memory", "home", "disk"}
+    assert wanted <= set(checks)
     assert not Path("home").exists()
 
 
+@pytest.mark.usefixtures("_internals_not_looked_at")
 def test_doctor_says_what_must_be_mended(out: Out, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harli_appliance.cli.checks.PACKAGES", {"no-such-package": "1"})
     assert run(["doctor", "--url", "http://127.0.0.1:9"]) == 1

@@ -1,7 +1,7 @@
 """The checks of `harli doctor`. Each looks at one thing and says what to do when it is not right.
 
-Knows versions, cores, memory, disk, ports. Imports neither torch nor SGLang: a broken installation is exactly
-what is to be diagnosed.
+Knows versions, cores, memory, disk and ports; `checks_device` knows the GPU. Imports neither torch nor SGLang: a
+broken installation is exactly what is to be diagnosed.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
 
 import psutil
 
+from harli_appliance.cli.check import Check
+from harli_appliance.cli.checks_device import device_checks
 from harli_appliance.cli.connect import connect
 from harli_appliance.config import Settings, load_settings
 from harli_appliance.errors import HarliError
@@ -34,26 +35,33 @@ LEAST_CORES = 2
 PACKAGES = {"torch": "2.13.0", "sglang": "0.5.21", "transformers": "5.12", "peft": "0.21"}
 """What serving needs, and the version it was built against (the start of it)."""
 
+INTERNALS = (
+    "from harli_appliance.runtime import cpu_stand_ins; cpu_stand_ins.install(); "
+    "from harli_appliance.errors import HarliError; "
+    "from harli_appliance.runtime import internals\n"
+    "try: internals.check()\n"
+    "except HarliError as error: raise SystemExit(error.message)"
+)
+"""Runs in a process of its own: loading SGLang takes seconds, and may fail in any way."""
+INTERNALS_TIMEOUT_S = 180
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    name: str
-    level: Literal["ok", "warn", "fail"]
-    found: str
-    advice: str = ""
 
-    def as_json(self) -> dict[str, str]:
-        return asdict(self)
-
-
-def all_checks(url: str | None) -> list[Check]:
-    checks = [_python(), *(_package(name, wanted) for name, wanted in PACKAGES.items())]
-    checks += [_gpu(), _cores(), _memory()]
+def all_checks(url: str | None) -> Iterator[Check]:
+    yield _python()
+    for name, wanted in PACKAGES.items():
+        yield _package(name, wanted)
+    yield _internals()
+    yield _cores()
+    yield _memory()
     try:
         settings = load_settings()
     except HarliError as error:
-        return [*checks, Check("settings", "fail", error.message)]
-    return [*checks, Check("settings", "ok", f"model {settings.model.path}"), *_here(settings, url)]
+        yield Check("settings", "fail", error.message)
+        yield from device_checks(None)
+        return
+    yield Check("settings", "ok", f"model {settings.model.path}")
+    yield from device_checks(settings)
+    yield from _here(settings, url)
 
 
 def _here(settings: Settings, url: str | None) -> Iterator[Check]:
@@ -82,25 +90,19 @@ def _package(name: str, wanted: str) -> Check:
     return Check(name, "ok", found)
 
 
-def _gpu() -> Check:
-    import pynvml
-
+def _internals() -> Check:
+    """Whether SGLang loads here and has what the runtime steps; nothing is started."""
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return Check("gpu", "ok", "none found, so it computes on the CPU")
-    try:
-        names = [
-            _text(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(index)))
-            for index in range(pynvml.nvmlDeviceGetCount())
-        ]
-    finally:
-        pynvml.nvmlShutdown()
-    return Check("gpu", "ok", ", ".join(names) or "driver without a device")
-
-
-def _text(name: Any) -> str:
-    return name.decode() if isinstance(name, bytes) else str(name)
+        done = subprocess.run(  # noqa: S603 - our own interpreter and code
+            [sys.executable, "-c", INTERNALS], capture_output=True, text=True, timeout=INTERNALS_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        advice = "look for what keeps the machine busy, and try again"
+        return Check("internals", "fail", f"SGLang did not load within {INTERNALS_TIMEOUT_S} s", advice)
+    if done.returncode == 0:
+        return Check("internals", "ok", "SGLang loads, and has everything that is relied on")
+    said = (done.stderr.strip() or "no message").splitlines()[-1]
+    return Check("internals", "fail", said, "remove .venv and run 'make setup' again")
 
 
 def _cores() -> Check:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from harli_appliance.cli.connect import Json, Url
-from harli_appliance.cli.output import print_json
+from harli_appliance.cli.output import note, print_json
 
 if TYPE_CHECKING:
-    from harli_appliance.cli.checks import Check
+    from harli_appliance.cli.check import Check
 
 MARKS = {
     "ok": ("ok  ", typer.colors.GREEN),
@@ -23,7 +23,8 @@ def doctor(json: Json = False, url: Url = None) -> None:
     """Check this machine and its installation; exit 1 when something must be mended."""
     from harli_appliance.cli.checks import all_checks
 
-    checks = all_checks(url)
+    note("looking; loading SGLang takes some seconds")
+    checks = list(all_checks(url))
     if json:
         print_json({"ok": not _failed(checks), "checks": [check.as_json() for check in checks]})
     else:
