@@ -94,6 +94,9 @@ class Rig:
         cache: Tensor = self.v_cache
         return cache
 
+    def get_kv_buffer(self, layer_id: int) -> tuple[Tensor, Tensor]:
+        return self.k_cache, self.v_cache
+
     def get_kv_size_bytes(self) -> tuple[int, int]:
         return self.k_cache.nbytes, self.v_cache.nbytes
 

@@ -20,33 +20,47 @@ from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.runtime.arguments import LORA_TARGETS
 from harli_appliance.runtime.measuring import Attention, SglangStep, timed_steps
 
-SHORTEST, LONGEST = 128, 384
-"""Prompts of a batch are spread evenly between these; about as chats are."""
+SHORT, MIXED = (128, 384), (128, 1024)
+"""Shortest and longest prompt of a batch, which lie evenly: questions; questions to long conversations."""
+CHUNK = 128
+"""Prompt tokens in a step, at least: so many steps may the first request decode while others are prefilled."""
 BLOCK = 24
 """Steps that one contestant makes before the next has its turn; most of them are as in a batch that decodes on."""
 
 
-def prompt_lengths(count: int) -> list[int]:
-    return [SHORTEST + (LONGEST - SHORTEST) * at // max(1, count - 1) for at in range(count)]
+def prompt_lengths(count: int, between: tuple[int, int] = SHORT) -> list[int]:
+    shortest, longest = between
+    return [shortest + (longest - shortest) * at // max(1, count - 1) for at in range(count)]
 
 
-def attention_steps(bench: Bench, *, requests: int, rounds: int, plain: bool) -> dict[str, float]:
-    """Median decode step (ms) with our attention and with SGLang's, taking turns on the same requests.
+def attention_steps(
+    bench: Bench, *, requests: int, rounds: int, plain: bool = False, lengths: tuple[int, int] = SHORT
+) -> dict[str, float]:
+    """Decode steps with our attention and with SGLang's, taking turns on the same requests.
+
+    The ratios are medians over the rounds: each round compares neighbouring blocks, so that a machine that grows
+    slower in between slows both.
 
     Args:
         plain: whether the plain decoder of the tiny model takes turns too, at the same lengths.
+        lengths: of the shortest and the longest prompt.
+
+    Returns:
+        ``ours``, ``torch_native`` and perhaps ``plain``: median step in ms. ``speedup``: torch_native over ours.
+        With `plain` also ``ratio_to_plain``, ``torch_native_ratio_to_plain`` and ``same_tokens``.
     """
-    return dict(bench.on_lane(lambda: _attention_steps(bench, requests, rounds, plain)))
+    return dict(bench.on_lane(lambda: _attention_steps(bench, requests, rounds, plain, lengths)))
 
 
-def _attention_steps(bench: Bench, requests: int, rounds: int, plain: bool) -> dict[str, float]:
+def _attention_steps(
+    bench: Bench, requests: int, rounds: int, plain: bool, lengths: tuple[int, int]
+) -> dict[str, float]:
     runtime, attention = bench.runtime, Attention(bench.runtime)
-    answer = (
-        2 * BLOCK * rounds + requests * LONGEST // 128 + 2
-    )  # some decode while others are still prefilled
-    prompts = [prompt(at, length) for at, length in enumerate(prompt_lengths(requests))]
+    longest = lengths[1]
+    answer = 2 * BLOCK * rounds + requests * longest // CHUNK + 2
+    prompts = [prompt(at, length) for at, length in enumerate(prompt_lengths(requests, lengths))]
     for at, tokens in enumerate(prompts):
-        runtime.submit(request(f"step-{requests}-{at}", tokens, answer))
+        runtime.submit(request(f"step-{requests}-{longest}-{at}", tokens, answer))
     brought: list[list[int]] = [[] for _ in prompts]
 
     def step() -> tuple[str, int]:
@@ -59,20 +73,25 @@ def _attention_steps(bench: Bench, requests: int, rounds: int, plain: bool) -> d
 
     while step() != ("decode", requests):
         pass
-    yardstick = PlainDecoder(bench.folder, prompts, LONGEST + answer) if plain else None
-    times: dict[str, list[float]] = {"ours": [], "torch_native": [], "plain": []}
+    yardstick = PlainDecoder(bench.folder, prompts, longest + answer) if plain else None
+    blocks: dict[str, list[float]] = {"ours": [], "torch_native": []}
+    if yardstick is not None:
+        blocks["plain"] = []
     for _ in range(rounds):
         for name in ("ours", "torch_native"):
             attention.use(ours=name == "ours")
-            times[name] += _timed(step, BLOCK)
+            blocks[name].append(_median_ms(step, BLOCK))
         if yardstick is not None:
-            times["plain"] += _timed(yardstick.step, 2 * BLOCK)
+            blocks["plain"].append(_median_ms(yardstick.step, 2 * BLOCK))
     attention.use(ours=True)
     while (plan := runtime.plan()) is not None:
         for item in runtime.execute(plan).tokens:
             brought[int(item.request.rpartition("-")[2])].extend(item.tokens)
-    found = {name: 1e3 * statistics.median(taken) for name, taken in times.items() if taken}
+    found = {name: statistics.median(taken) for name, taken in blocks.items()}
+    found["speedup"] = _ratio(blocks["torch_native"], blocks["ours"])
     if yardstick is not None:
+        found["ratio_to_plain"] = _ratio(blocks["ours"], blocks["plain"])
+        found["torch_native_ratio_to_plain"] = _ratio(blocks["torch_native"], blocks["plain"])
         pairs = [
             token == other
             for row, column in zip(brought, zip(*yardstick.tokens, strict=True), strict=True)
@@ -82,13 +101,17 @@ def _attention_steps(bench: Bench, requests: int, rounds: int, plain: bool) -> d
     return found
 
 
-def _timed(step: Callable[[], object], count: int) -> list[float]:
+def _median_ms(step: Callable[[], object], count: int) -> float:
     times = []
     for _ in range(count):
         began = time.perf_counter()
         step()
         times.append(time.perf_counter() - began)
-    return times
+    return 1e3 * statistics.median(times)
+
+
+def _ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 async def overhead(bench: Bench, *, requests: int = 8, answer: int = 400) -> dict[str, float]:

@@ -44,8 +44,6 @@ def server_arguments(options: RuntimeOptions) -> dict[str, Any]:
         "context_length": options.context_length,
         "random_seed": options.seed,
         "skip_server_warmup": True,
-        "stream_interval": 2
-        ** 30,  # tokens are read from the requests; messages about them would be thrown away
         "watchdog_timeout": 1e9,
         "log_level": "warning",
     }

@@ -18,7 +18,7 @@ import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -78,8 +78,17 @@ class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLa
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
         self._workspace = Workspace()
-        cache = sum(self.token_to_kv_pool.get_kv_size_bytes())
-        self._resident = ResidentKV(max(RESIDENT_LEAST, int(RESIDENT_SHARE * cache)))
+        pool = self.token_to_kv_pool
+        self._resident = ResidentKV(max(RESIDENT_LEAST, int(RESIDENT_SHARE * sum(pool.get_kv_size_bytes()))))
+        # What SGLang's pool does for every layer, it does here once: ask how rows are laid out and stored.
+        self._plain_rows = (
+            type(pool) is MHATokenToKVPool
+            and pool.kv_cache_layout == "nhd"
+            and not pool.use_hnd
+            and not pool.is_quantized_kv_cache
+            and pool.store_dtype == pool.dtype
+        )
+        self._caches: dict[int, tuple[Tensor, Tensor] | None] = {}
         self._lengths: list[int] = []
         self._longest = 0
         self._decode: dict[int, DecodePlan] = {}
@@ -97,34 +106,44 @@ class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLa
         else:
             self._resident.forget()
 
-    def _inherits(self, q: Tensor, k: Tensor | None, layer: Any) -> bool:
-        """Whether a layer is one of those that are left to SGLang's own implementation."""
-        return (
-            k is None  # it reads the cache of another layer
-            or layer.is_cross_attention
+    def _cache(self, q: Tensor, k: Tensor | None, layer: Any) -> tuple[Tensor, Tensor] | None:
+        """The layer's K and V cache, [slots, kv heads, d] each; None for what is left to SGLang's own code."""
+        if k is None:  # it reads the cache of another layer
+            return None
+        number = layer.layer_id
+        if number not in self._caches:
+            self._caches[number] = (
+                None if self._inherits(q, layer) else self.token_to_kv_pool.get_kv_buffer(number)
+            )
+        return self._caches[number]
+
+    def _inherits(self, q: Tensor, layer: Any) -> bool:
+        return bool(
+            layer.is_cross_attention
             or layer.attn_type != AttentionType.DECODER
             or layer.qk_head_dim != layer.v_head_dim
             or self.use_sliding_window_kv_pool
             or self.token_to_kv_pool.get_key_buffer(layer.layer_id).dtype != q.dtype
         )
 
-    def _cache(
-        self, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, *, save: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The layer's K and V cache, [slots, kv heads, d] each, with the new rows in it."""
-        pool = self.token_to_kv_pool
-        if save:
-            pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
-        return pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+    def _save(self, cache: tuple[Tensor, Tensor], k: Tensor, v: Tensor, layer: Any, rows: Tensor) -> None:
+        if not self._plain_rows:
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(rows, None), k, v)
+            return
+        for buffer, new in zip(cache, (k, v), strict=True):
+            buffer.index_copy_(0, rows, new)
 
     def forward_decode(
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True
     ) -> Tensor:
         """One new token for each request; q [batch, heads * d], returned in the same shape."""
-        if self._inherits(q, k, layer):
+        cache = self._cache(q, k, layer)
+        if cache is None:
             inherited: Tensor = super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
             return inherited
-        keys, values = self._cache(k, v, layer, forward_batch, save=save_kv_cache)
+        if save_kv_cache:
+            self._save(cache, k, v, layer, forward_batch.out_cache_loc)
+        keys, values = cache
         heads, size = layer.tp_k_head_num, layer.qk_head_dim
         window = layer.sliding_window_size
         if window + 1 >= self._longest:
@@ -167,10 +186,13 @@ class CpuAttentionBackend(TorchNativeAttnBackend):  # type: ignore[misc]  # SGLa
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True
     ) -> Tensor:
         """New tokens of prompts; q [tokens, heads * d], returned in the same shape."""
-        if self._inherits(q, k, layer):
+        cache = self._cache(q, k, layer)
+        if cache is None:
             inherited: Tensor = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
             return inherited
-        keys, values = self._cache(k, v, layer, forward_batch, save=save_kv_cache)
+        if save_kv_cache:
+            self._save(cache, k, v, layer, forward_batch.out_cache_loc)
+        keys, values = cache
         heads, size = layer.tp_k_head_num, layer.qk_head_dim
         grouped = q.reshape(-1, heads, layer.tp_q_head_num // heads, size)
         out = q.new_empty(q.shape)

@@ -7,6 +7,8 @@ pinned, and before anything is started this list is looked up; what is missing i
 from __future__ import annotations
 
 import dataclasses
+import dis
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -15,59 +17,127 @@ from harli_appliance.errors import ApplianceUnavailable
 
 SGLANG = "0.5.21"
 
-RELIED_ON = (
-    "sglang.srt.entrypoints.engine:_set_envs_and_config",
-    "sglang.srt.managers.io_struct:AbortReq",
-    "sglang.srt.managers.io_struct:TokenizedGenerateReqInput.lora_id",
-    "sglang.srt.managers.io_struct:LoadLoRAAdapterReqInput.lora_id",
-    "sglang.srt.managers.schedule_batch:FINISH_ABORT",
-    "sglang.srt.managers.schedule_batch:Req.finished",
-    "sglang.srt.managers.schedule_batch:Req.output_ids_through_stop",
-    "sglang.srt.managers.schedule_batch:ReqLogprob.output_token_logprobs_val",
-    "sglang.srt.managers.schedule_batch:ReqLogprob.output_top_logprobs_val",
-    "sglang.srt.managers.schedule_batch:ReqLogprob.output_top_logprobs_idx",
-    "sglang.srt.managers.schedule_batch:ScheduleBatch.filter_batch",
-    "sglang.srt.managers.schedule_batch:ReqKvInfo.holds_kv",
-    "sglang.srt.managers.scheduler:Scheduler.get_next_batch_to_run",
-    "sglang.srt.managers.scheduler:Scheduler.run_batch",
-    "sglang.srt.managers.scheduler:Scheduler.process_batch_result",
-    "sglang.srt.managers.scheduler:Scheduler.process_input_requests",
-    "sglang.srt.managers.scheduler:Scheduler.abort_request",
-    "sglang.srt.managers.scheduler:Scheduler.collect_inflight_reqs",
-    "sglang.srt.managers.scheduler:Scheduler.on_idle",
-    "sglang.srt.managers.scheduler:Scheduler.load_lora_adapter",
-    "sglang.srt.managers.scheduler:Scheduler.unload_lora_adapter",
-    "sglang.srt.managers.scheduler_components.invariant_checker:SchedulerInvariantChecker.max_total_num_tokens",
-    "sglang.srt.managers.scheduler_components.output_streamer:SchedulerOutputStreamer.send_to_detokenizer",
-    "sglang.srt.managers.scheduler_components.pool_stats_observer:SchedulerPoolStatsObserver.max_total_num_tokens",
-    "sglang.srt.mem_cache.allocator.token:TokenToKVPoolAllocator.alloc",
-    "sglang.srt.mem_cache.allocator.token:TokenToKVPoolAllocator.free",
-    "sglang.srt.mem_cache.allocator.token:TokenToKVPoolAllocator.available_size",
-    "sglang.srt.mem_cache.base_prefix_cache:EvictParams.num_tokens",
-    "sglang.srt.mem_cache.common:release_kv_cache",
-    "sglang.srt.mem_cache.memory_pool:KVWriteLoc",
-    "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.get_kv_size_bytes",
-    "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer",
-    "sglang.srt.constrained.base_grammar_backend:BaseGrammarBackend.get_cached_or_future_value",
-    "sglang.srt.constrained.grammar_manager:GrammarManager.get_ready_grammar_requests",
-    "sglang.srt.layers.sampler:SGLANG_RETURN_ORIGINAL_LOGPROB",
-    "sglang.srt.layers.sampler:Sampler._sample_from_probs",
-    "sglang.srt.layers.sampler:register_sampler_backend",
-    "sglang.srt.lora.backend.lora_registry:register_lora_backend",
-    "sglang.srt.lora.backend.base_backend:BaseLoRABackend.skip_inactive_lora_batches",
-    "sglang.srt.layers.attention.attention_registry:register_attention_backend",
-    "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend.forward_decode",
-    "sglang.srt.layers.attention.torch_native_backend:TorchNativeAttnBackend.forward_extend",
-    "sglang.srt.layers.layernorm:RMSNorm.forward_native",
-    "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_native",
-    "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod",
-    "sglang.srt.lora.layers:BaseLayerWithLoRA",
-    "sglang.kernels.fused_op:BaseFusedOp.dispatch_forward",
-    "sglang.srt.runtime_context:publish",
-    "sglang.srt.server_args:ServerArgs.resolve_once",
-    "sglang.srt.server_args:PortArgs.init_new",
-)
-"""``module:name`` or ``module:Class.member``; a member may be a method, property or dataclass field."""
+NAMES = {
+    "sglang.kernels.fused_op": "BaseFusedOp.dispatch_forward BaseFusedOp._forward_method",
+    "sglang.srt.constrained.base_grammar_backend": (
+        "BaseGrammarBackend.get_cached_or_future_value BaseGrammarBackend.cache"
+    ),
+    "sglang.srt.constrained.grammar_manager": (
+        "GrammarManager.get_ready_grammar_requests GrammarManager.clear GrammarManager.grammar_queue "
+        "GrammarManager.grammar_backend GrammarManager.SGLANG_GRAMMAR_POLL_INTERVAL"
+    ),
+    "sglang.srt.entrypoints.engine": "_set_envs_and_config",
+    "sglang.srt.environ": "envs.SGLANG_EAGER_INPUT_NO_COPY",
+    "sglang.srt.layers.attention.attention_registry": "register_attention_backend",
+    "sglang.srt.layers.attention.torch_native_backend": (
+        "TorchNativeAttnBackend.forward_decode TorchNativeAttnBackend.forward_extend "
+        "TorchNativeAttnBackend.init_forward_metadata TorchNativeAttnBackend.req_to_token_pool "
+        "TorchNativeAttnBackend.token_to_kv_pool TorchNativeAttnBackend.use_sliding_window_kv_pool"
+    ),
+    "sglang.srt.layers.layernorm": (
+        "RMSNorm.forward_native RMSNorm.hidden_size RMSNorm.variance_epsilon "
+        "RMSNorm.variance_size_override RMSNorm.override_orig_dtype"
+    ),
+    "sglang.srt.layers.quantization.unquant": "UnquantizedLinearMethod.apply",
+    "sglang.srt.layers.radix_attention": (
+        "AttentionType.DECODER RadixAttention.layer_id RadixAttention.is_cross_attention "
+        "RadixAttention.attn_type RadixAttention.qk_head_dim RadixAttention.v_head_dim "
+        "RadixAttention.tp_q_head_num RadixAttention.tp_k_head_num RadixAttention.scaling "
+        "RadixAttention.logit_cap RadixAttention.sliding_window_size"
+    ),
+    "sglang.srt.layers.rotary_embedding.base": (
+        "RotaryEmbedding.forward_native RotaryEmbedding.is_neox_style RotaryEmbedding.rotary_dim "
+        "RotaryEmbedding.head_size RotaryEmbedding.cos_sin_cache"
+    ),
+    "sglang.srt.layers.sampler": (
+        "SGLANG_RETURN_ORIGINAL_LOGPROB Sampler._sample_from_probs register_sampler_backend"
+    ),
+    "sglang.srt.lora.backend.base_backend": (
+        "BaseLoRABackend.skip_inactive_lora_batches BaseLoRABackend.get_batch_info"
+    ),
+    "sglang.srt.lora.backend.lora_registry": "register_lora_backend",
+    "sglang.srt.lora.backend.torch_backend": (
+        "TorchNativeLoRABackend.prepare_lora_batch TorchNativeLoRABatchInfo.has_active_lora "
+        "TorchNativeLoRABatchInfo.seg_lens_cpu TorchNativeLoRABatchInfo.weight_indices_cpu"
+    ),
+    "sglang.srt.lora.layers": (
+        "BaseLayerWithLoRA.lora_backend BaseLayerWithLoRA.base_layer "
+        "MergedColumnParallelLinearWithLoRA.forward QKVParallelLinearWithLoRA.forward "
+        "RowParallelLinearWithLoRA.forward torch"
+    ),
+    "sglang.srt.lora.utils": "generate_sequence_lengths",
+    "sglang.srt.managers.io_struct": (
+        "AbortReq.rid AbortReq.finished_reason TokenizedGenerateReqInput.lora_id "
+        "LoadLoRAAdapterReqInput.lora_id UnloadLoRAAdapterReqInput.lora_id"
+    ),
+    "sglang.srt.managers.schedule_batch": (
+        "FINISH_ABORT.message FINISH_LENGTH Req.finished Req.finished_reason "
+        "Req.output_ids_through_stop Req.output_ids Req.origin_input_ids Req.cached_tokens "
+        "Req.return_logprob Req.sampling_params Req.rid Req.kv ReqKvInfo.holds_kv "
+        "ReqKvInfo.kv_allocated_len ReqLogprob.output_token_logprobs_val "
+        "ReqLogprob.output_top_logprobs_val ReqLogprob.output_top_logprobs_idx "
+        "ReqLogprob.top_logprobs_num ScheduleBatch.filter_batch ScheduleBatch.batch_is_full "
+        "ScheduleBatch.reqs ScheduleBatch.seq_lens_cpu ScheduleBatch.extend_num_tokens "
+        "ScheduleBatch.forward_mode"
+    ),
+    "sglang.srt.managers.scheduler": (
+        "Scheduler.get_next_batch_to_run Scheduler.run_batch Scheduler.process_batch_result "
+        "Scheduler.process_input_requests Scheduler.abort_request Scheduler.collect_inflight_reqs "
+        "Scheduler.on_idle Scheduler.load_lora_adapter Scheduler.unload_lora_adapter "
+        "Scheduler.get_output_streamer_class Scheduler.waiting_queue Scheduler.running_batch "
+        "Scheduler.last_batch Scheduler.chunked_req Scheduler.cur_batch_for_debug "
+        "Scheduler.grammar_manager Scheduler.tree_cache Scheduler.tokenizer "
+        "Scheduler.token_to_kv_pool_allocator Scheduler.invariant_checker "
+        "Scheduler.pool_stats_observer Scheduler.ipc_channels Scheduler.max_req_len "
+        "Scheduler.model_config Scheduler.tp_worker"
+    ),
+    "sglang.srt.managers.scheduler_components.invariant_checker": (
+        "SchedulerInvariantChecker.max_total_num_tokens"
+    ),
+    "sglang.srt.managers.scheduler_components.ipc_channels": (
+        "SchedulerIpcChannels.send_to_detokenizer SchedulerIpcChannels.send_to_tokenizer"
+    ),
+    "sglang.srt.managers.scheduler_components.output_streamer": "SchedulerOutputStreamer.stream_output",
+    "sglang.srt.managers.scheduler_components.pool_stats_observer": (
+        "SchedulerPoolStatsObserver.max_total_num_tokens"
+    ),
+    "sglang.srt.mem_cache.allocator.token": (
+        "TokenToKVPoolAllocator.alloc TokenToKVPoolAllocator.free "
+        "TokenToKVPoolAllocator.available_size TokenToKVPoolAllocator.get_kvcache "
+        "TokenToKVPoolAllocator.free_group TokenToKVPoolAllocator.free_group_end "
+        "TokenToKVPoolAllocator.free_pages TokenToKVPoolAllocator.release_pages "
+        "TokenToKVPoolAllocator.size"
+    ),
+    "sglang.srt.mem_cache.base_prefix_cache": "EvictParams.num_tokens",
+    "sglang.srt.mem_cache.common": "release_kv_cache",
+    "sglang.srt.mem_cache.memory_pool": (
+        "KVWriteLoc.loc MHATokenToKVPool.set_kv_buffer MHATokenToKVPool.get_kv_buffer "
+        "MHATokenToKVPool.get_key_buffer MHATokenToKVPool.get_kv_size_bytes MHATokenToKVPool.k_buffer "
+        "MHATokenToKVPool.v_buffer MHATokenToKVPool.kv_cache_layout MHATokenToKVPool.use_hnd "
+        "MHATokenToKVPool.is_quantized_kv_cache MHATokenToKVPool.store_dtype MHATokenToKVPool.dtype "
+        "ReqToTokenPool.req_to_token"
+    ),
+    "sglang.srt.mem_cache.radix_cache": "RadixCache.evict RadixCache.evictable_size",
+    "sglang.srt.model_executor.forward_batch_info": (
+        "ForwardBatch.seq_lens ForwardBatch.req_pool_indices ForwardBatch.out_cache_loc "
+        "ForwardBatch.forward_mode ForwardBatch.extend_prefix_lens ForwardBatch.extend_seq_lens "
+        "ForwardMode.is_decode ForwardMode.is_extend"
+    ),
+    "sglang.srt.model_executor.model_runner": (
+        "ModelRunner.model ModelRunner.sampler ModelRunner.attn_backend"
+    ),
+    "sglang.srt.models.registry": "ModelRegistry.is_arch_supported",
+    "sglang.srt.runtime_context": "SpawnRanks get_server_args publish spawn_world_rank",
+    "sglang.srt.sampling.sampling_batch_info": (
+        "SamplingBatchInfo.top_ks SamplingBatchInfo.top_ps SamplingBatchInfo.min_ps"
+    ),
+    "sglang.srt.sampling.sampling_params": "SamplingParams.normalize SamplingParams.sampling_seed",
+    "sglang.srt.server_args": "PortArgs.init_new ServerArgs.resolve_once",
+    "sglang.srt.utils": "use_intel_amx_backend",
+}
+"""Of each module what is used: functions, classes, and as ``Class.member`` their members and attributes."""
+
+RELIED_ON = tuple(f"{module}:{name}" for module, names in NAMES.items() for name in names.split())
 
 
 def check(relied_on: tuple[str, ...] = RELIED_ON) -> None:
@@ -98,7 +168,7 @@ def _exists(name: str) -> bool:
     thing = getattr(found, owner, None)
     if thing is None or not member:
         return thing is not None
-    return hasattr(thing, member) or member in _fields(thing)
+    return hasattr(thing, member) or member in _fields(thing) or member in _assigned(thing)
 
 
 def _fields(thing: object) -> set[str]:
@@ -107,3 +177,18 @@ def _fields(thing: object) -> set[str]:
     if inspect.isclass(thing) and dataclasses.is_dataclass(thing):
         names |= {field.name for field in dataclasses.fields(thing)}
     return names
+
+
+@functools.cache
+def _assigned(thing: object) -> frozenset[str]:
+    """Attributes that a class's methods, the inherited ones too, assign or register."""
+    names: set[str] = set()
+    for owner in inspect.getmro(thing) if inspect.isclass(thing) else ():
+        for method in vars(owner).values():
+            code = getattr(inspect.unwrap(method) if callable(method) else None, "__code__", None)
+            if code is not None:
+                names |= {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"}
+                names |= {
+                    value for value in code.co_consts if isinstance(value, str) and value.isidentifier()
+                }
+    return frozenset(names)

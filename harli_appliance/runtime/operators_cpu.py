@@ -28,7 +28,7 @@ from sglang.srt.lora.layers import (
 )
 from sglang.srt.utils import use_intel_amx_backend
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import linear
 
 LORA_LINEARS = (MergedColumnParallelLinearWithLoRA, QKVParallelLinearWithLoRA, RowParallelLinearWithLoRA)
 
@@ -101,11 +101,11 @@ class FusedNorm:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The norm, and with a residual the sum as well, which is the next layer's residual."""
         if residual is None:
-            return rms_norm(x, self._shape, self._weight, self._epsilon)
+            return torch.rms_norm(x, self._shape, self._weight, self._epsilon)
         x = x + residual
         if post_residual_addition is not None:
             x = x + post_residual_addition
-        return rms_norm(x, self._shape, self._weight, self._epsilon), x
+        return torch.rms_norm(x, self._shape, self._weight, self._epsilon), x
 
 
 class JointRotary:
@@ -114,6 +114,8 @@ class JointRotary:
     def __init__(self, rotary: Any) -> None:
         self._rotary = rotary
         self._size = int(rotary.head_size)
+        self._positions: Tensor | None = None
+        self._cos = self._sin = torch.empty(0)
 
     def __call__(
         self,
@@ -131,21 +133,28 @@ class JointRotary:
         """
         if offsets is not None:
             positions = positions + offsets
-        angles = self._rotary.cos_sin_cache.index_select(0, positions.flatten())
-        cos, sin = angles.view(-1, 2, 1, 1, self._size // 2).unbind(1)
+        # All layers of a step are at the same positions; comparing them costs less than looking angles up.
+        if self._positions is None or not torch.equal(positions, self._positions):
+            self._look_up(positions)
         joint = _joint(query, key)
         if joint is None:
-            return self._rotate(query, cos, sin), self._rotate(key, cos, sin)
+            return self._rotate(query), self._rotate(key)
         width = query.shape[1]
-        rotated = self._rotate(joint, cos, sin)
+        rotated = self._rotate(joint)
         return rotated[:, :width], rotated[:, width:]
 
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        halves = x.reshape(len(x), -1, 2, self._size // 2)
-        by_cos, by_sin = halves * cos, halves * sin
-        by_cos[:, :, 0].sub_(by_sin[:, :, 1])
-        by_cos[:, :, 1].add_(by_sin[:, :, 0])
-        return by_cos.view(x.shape)
+    def _look_up(self, positions: Tensor) -> None:
+        cos, sin = (
+            self._rotary.cos_sin_cache.index_select(0, positions.flatten()).unsqueeze(1).chunk(2, dim=-1)
+        )
+        self._cos, self._sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        self._positions = positions.clone()
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        heads = x.reshape(len(x), -1, self._size)
+        first, second = heads.chunk(2, dim=-1)
+        swapped = torch.cat((second, first), dim=-1)
+        return (heads * self._cos).add_(swapped.mul_(self._sin)).view(x.shape)
 
 
 def _joint(query: Tensor, key: Tensor) -> Tensor | None:

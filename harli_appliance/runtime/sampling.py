@@ -89,9 +89,7 @@ def sampling_params(wanted: Sampling, tokenizer: Any) -> Any:
 
 
 def logprobs_of(request: Any, start: int, end: int) -> tuple[TokenLogprob, ...]:
-    """What a request (SGLang's ``Req``) knows of its answer's tokens from `start` to `end`; () when not asked."""
-    if not request.return_logprob:
-        return ()
+    """What a request (SGLang's ``Req``) that asked for it knows of its answer's tokens from `start` to `end`."""
     found = request.logprob
     chosen = found.output_token_logprobs_val[start:end]
     if not found.top_logprobs_num:

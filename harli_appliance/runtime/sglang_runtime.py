@@ -36,6 +36,7 @@ from harli_appliance.runtime.protocol import (
 cpu_stand_ins.install()
 
 from sglang.srt.entrypoints.engine import _set_envs_and_config  # noqa: E402
+from sglang.srt.environ import envs  # noqa: E402
 from sglang.srt.managers.io_struct import (  # noqa: E402
     AbortReq,
     LoadLoRAAdapterReqInput,
@@ -44,6 +45,7 @@ from sglang.srt.managers.io_struct import (  # noqa: E402
 )
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH  # noqa: E402
 from sglang.srt.managers.scheduler import Scheduler  # noqa: E402
+from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer  # noqa: E402
 from sglang.srt.mem_cache.common import release_kv_cache  # noqa: E402
 from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank  # noqa: E402
 from sglang.srt.server_args import PortArgs, ServerArgs  # noqa: E402
@@ -73,7 +75,21 @@ class _Sink:
 
 class _Discard(_Sink):
     def send_output(self, output: Any, request: Any = None) -> None:
-        """Token batches are read from the requests; the message itself is not needed."""
+        """Nothing that goes to the detokenizer process is needed."""
+
+
+class _NoStreamer(SchedulerOutputStreamer):  # type: ignore[misc]  # SGLang is untyped here
+    """Tokens are read from the requests, so that messages about them need not be written."""
+
+    __slots__ = ()
+
+    def stream_output(self, reqs: list[Any], return_logprob: bool, skip_req: Any = None) -> None:
+        pass
+
+
+class _Scheduler(Scheduler):  # type: ignore[misc]
+    def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
+        return _NoStreamer
 
 
 @dataclass(slots=True)
@@ -101,7 +117,9 @@ class SglangRuntime:
         if options.device == "cpu":
             # SGLang compiles a function of three lines for the CPU, which takes seconds in the middle of a step.
             torch.compiler.set_stance("force_eager")
-        self._scheduler = Scheduler(arguments, ports)
+            # Without graphs there are no buffers of theirs that a step's inputs would have to be copied to.
+            envs.SGLANG_EAGER_INPUT_NO_COPY.set(True)
+        self._scheduler = _Scheduler(arguments, ports)
         if options.device == "cpu":
             from harli_appliance.runtime import operators_cpu
 
@@ -117,7 +135,6 @@ class SglangRuntime:
     def _replace_sockets(self) -> None:
         # These dataclasses are frozen; their sockets were opened a moment ago and nobody listens.
         for owner, name, sink in (
-            (self._scheduler.output_streamer, "send_to_detokenizer", _Discard()),
             (self._scheduler.ipc_channels, "send_to_detokenizer", _Discard()),
             (self._scheduler.ipc_channels, "send_to_tokenizer", self._ends),
         ):
@@ -283,12 +300,9 @@ class SglangRuntime:
                 continue  # a middle chunk of a long prompt
             if finish is not None:
                 del self._live[request_id]
+            logprobs = logprobs_of(request, start, live.sent) if request.return_logprob else ()
             yield NewTokens(
-                request_id,
-                tuple(produced[start:]),
-                finish,
-                cached_tokens=int(request.cached_tokens),
-                logprobs=logprobs_of(request, start, live.sent),
+                request_id, tuple(produced[start:]), finish, None, int(request.cached_tokens), logprobs
             )
 
     # -- adapters ------------------------------------------------------------------------------------
