@@ -262,7 +262,11 @@ class Engine:
     def _close(self, item: NewTokens, *, aborted: bool) -> None:
         failed = item.finish in ("abort", "error")
         timing = self.slo.ended(item.request, "aborted" if aborted else "failed" if failed else "finished")
-        if timing is not None and self.on_ended is not None:
+        if timing is None:
+            return
+        if timing.met is not None:
+            self._scheduler.ended(timing.met)
+        if self.on_ended is not None:
             self.on_ended(item, timing)
 
     # -- telling -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ POLICY_NAMES = (
     "adaptive",
     "harli",
     "naive",
+    "static",
     "time_slice",
     "time_slice:64",
     "time_slice:128",
@@ -19,17 +20,21 @@ POLICY_NAMES = (
     "serve_only",
     "train_only",
 )
-"""Every policy; the first is the default."""
+"""Every policy; the first is the default. ``static`` takes the name of a split where a device has several."""
 
 DEFAULT_POLICY = POLICY_NAMES[0]
+STATIC = "static:"
 
 
 def check_policy(name: str) -> str:
-    """`name`, when there is a policy of that name.
+    """`name`, when there is a policy of that name. Whether the device has the split that ``static:SPLIT`` names is
+    seen when the policy is made.
 
     Raises:
         UsageError: there is none; lists the known ones.
     """
-    if name not in POLICY_NAMES:
-        raise UsageError(f"no such policy; choose one of {', '.join(POLICY_NAMES)}", param="policy")
+    if name not in POLICY_NAMES and not (name.startswith(STATIC) and name != STATIC):
+        raise UsageError(
+            f"no such policy; choose one of {', '.join(POLICY_NAMES)}, or {STATIC}SPLIT", param="policy"
+        )
     return name

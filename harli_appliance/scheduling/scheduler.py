@@ -1,9 +1,14 @@
 """The decision of each tick, and what is learned from how it went.
 
-Joins the predictor with the policy in force. Knows no torch, no lanes and no clock; times come in as arguments.
+Joins the predictor with the policy in force. Knows no torch, no lanes and no clock: times come in as
+arguments, and the same calls in the same order give the same decisions, so that a simulator can make them in
+the engine's place. A tick calls `admits`, `decide`, and `observe` when a step was run; `ended` follows for
+every request that the step ended.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from harli_appliance.scheduling.policies import Policy, Situation, make_policy
 from harli_appliance.scheduling.predictor import Predictor
@@ -15,10 +20,13 @@ class Scheduler:
 
     Args:
         policy: name of the policy to start with; see `names.POLICY_NAMES`.
+        splits: the ways in which the device can be divided at run time; none where it is divided once for all.
     """
 
-    def __init__(self, predictor: Predictor, policy: str) -> None:
+    def __init__(self, predictor: Predictor, policy: str, splits: Sequence[Split] = ()) -> None:
         self.predictor = predictor
+        self._splits = tuple(splits)
+        self._ended = self._missed = 0
         self.use(policy)
 
     def use(self, policy: str) -> None:
@@ -27,16 +35,18 @@ class Scheduler:
         Raises:
             UsageError: there is none of that name.
         """
-        self._policy: Policy = make_policy(policy)
+        self._policy: Policy = make_policy(policy, self._splits)
         self.policy_name = policy
+        self._ended = self._missed = 0
 
     def admits(self, outlook: Outlook) -> bool:
-        """Whether requests may be planned now; only `train_only` holds them back."""
-        return not (self.policy_name == "train_only" and outlook.ready)
+        """Whether requests may be planned now."""
+        return not (self._policy.holds_requests and outlook.ready)
 
     def decide(self, step: Step | None, slack_ms: float, tpot_ms: float, outlook: Outlook) -> Decision:
         """What this tick does; the fields of `Situation`."""
-        return self._policy.decide(Situation(step, slack_ms, tpot_ms, outlook), self.predictor)
+        now = Situation(step, slack_ms, tpot_ms, outlook, self._ended, self._missed)
+        return self._policy.decide(now, self.predictor)
 
     def observe(
         self,
@@ -56,3 +66,8 @@ class Scheduler:
             fused_tokens: training tokens that were in the same pass.
         """
         self.predictor.observe(step, measured_ms, corun=corun, split=split, fused_tokens=fused_tokens)
+
+    def ended(self, met: bool) -> None:
+        """Learn from a request that has ended: whether it met its targets."""
+        self._ended += 1
+        self._missed += not met

@@ -31,11 +31,13 @@ class _Request:
 
 @dataclass(frozen=True, slots=True)
 class RequestTiming:
-    """How a finished request went; milliseconds. `tpot_ms` is None for answers of fewer than two tokens."""
+    """How a finished request went; milliseconds. `tpot_ms` is None for answers of fewer than two tokens,
+    `met` (both targets) for a request whose client left."""
 
     ttft_ms: float | None
     tpot_ms: float | None
     tokens: int
+    met: bool | None
 
 
 class Quantiles:
@@ -157,13 +159,12 @@ class SloTracker:
             if entry.tokens > 1:
                 tpot = 1e3 * (entry.last - entry.first) / (entry.tokens - 1)
                 self.tpot.add(tpot)
-        if how == "failed":
-            self.failed += 1
-            self._met.append(False)
-        elif how == "finished":
-            in_time = ttft is not None and ttft <= self.ttft_ms
-            self._met.append(in_time and (tpot is None or tpot <= self.tpot_ms))
-        return RequestTiming(ttft, tpot, entry.tokens)
+        self.failed += how == "failed"
+        in_time = ttft is not None and ttft <= self.ttft_ms and (tpot is None or tpot <= self.tpot_ms)
+        met = None if how == "aborted" else how == "finished" and in_time
+        if met is not None:
+            self._met.append(met)
+        return RequestTiming(ttft, tpot, entry.tokens, met)
 
     def slack_ms(self, now: float) -> float:
         """Milliseconds until the earliest deadline; negative when it has passed, infinity with no request."""

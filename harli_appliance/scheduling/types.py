@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from harli_appliance.scheduling.reasons import Reason
 from harli_appliance.schema import Mode
 
 UnitKind = Literal["forward", "loss", "backward", "step"]
@@ -93,7 +94,7 @@ class Decision:
 
     Attributes:
         mode: how the lanes are used.
-        reason: one short code for why, shown on the dashboard.
+        reason: why; `reasons.MEANING` says it in words.
         serve: whether the planned step runs now.
         units: work units that training may start until the next decision.
         bound: the prediction for this step in this mode, None without a step or before there are samples.
@@ -102,7 +103,7 @@ class Decision:
     """
 
     mode: Mode
-    reason: str
+    reason: Reason
     serve: bool
     units: int
     bound: Bound | None = None

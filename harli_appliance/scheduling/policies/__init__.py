@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 
-from harli_appliance.scheduling.names import check_policy
+from harli_appliance.errors import UsageError
+from harli_appliance.scheduling.names import STATIC, check_policy
 from harli_appliance.scheduling.policies.adaptive import Adaptive
 from harli_appliance.scheduling.policies.every_n_steps import EveryNSteps
 from harli_appliance.scheduling.policies.harli import Harli
 from harli_appliance.scheduling.policies.naive import Naive
 from harli_appliance.scheduling.policies.policy import Policy, Situation
 from harli_appliance.scheduling.policies.serve_only import ServeOnly
+from harli_appliance.scheduling.policies.static import Static
 from harli_appliance.scheduling.policies.time_slice import TimeSlice
 from harli_appliance.scheduling.policies.train_only import TrainOnly
+from harli_appliance.scheduling.types import Split
 
 __all__ = ["Policy", "Situation", "make_policy"]
 
-_MAKE: dict[str, Callable[[], Policy]] = {
+Splits = Sequence[Split | None]
+
+_MAKE: dict[str, Callable[[Splits], Policy]] = {
     "adaptive": Adaptive,
     "harli": Harli,
-    "naive": Naive,
-    "time_slice": TimeSlice,
-    "time_slice:64": partial(EveryNSteps, 64),
-    "time_slice:128": partial(EveryNSteps, 128),
-    "time_slice:512": partial(EveryNSteps, 512),
-    "serve_only": ServeOnly,
-    "train_only": TrainOnly,
+    "naive": lambda _: Naive(),
+    "time_slice": lambda _: TimeSlice(),
+    "time_slice:64": lambda _: EveryNSteps(64),
+    "time_slice:128": lambda _: EveryNSteps(128),
+    "time_slice:512": lambda _: EveryNSteps(512),
+    "serve_only": lambda _: ServeOnly(),
+    "train_only": lambda _: TrainOnly(),
 }
 
 
-def make_policy(name: str) -> Policy:
+def make_policy(name: str, splits: Sequence[Split] = ()) -> Policy:
     """A fresh policy.
+
+    Args:
+        splits: the ways in which the device can be divided at run time; none where it is divided once for all.
 
     Raises:
         UsageError: there is none of that name; lists the known ones.
     """
-    return _MAKE[check_policy(name)]()
+    if check_policy(name).startswith("static"):
+        return Static(_split(name.removeprefix(STATIC), splits))
+    return _MAKE[name](splits or (None,))
+
+
+def _split(name: str, splits: Sequence[Split]) -> Split | None:
+    if not splits and name == "static":
+        return None
+    for split in splits:
+        if split.name == name:
+            return split
+    known = ", ".join(STATIC + split.name for split in splits) or "static"
+    raise UsageError(f"this device has no such split; choose {known}", param="policy")

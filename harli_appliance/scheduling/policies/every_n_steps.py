@@ -3,29 +3,25 @@
 The fixed temporal sharing that FlexLLM (arXiv 2402.18789) is compared with: one finetuning iteration for every
 N inference iterations. A turn is therefore one micro-batch: forward and backward of one packed sequence, with the
 optimizer's step where one follows. It asks no prediction for leave, so every running request waits for the whole
-turn. Steps that process prompts are not counted.
+turn. Counted are decode steps while training has work.
 """
 
 from __future__ import annotations
 
-from harli_appliance.scheduling.policies.policy import Situation, pause, without_serving
-from harli_appliance.scheduling.types import Costs, Decision
+from harli_appliance.scheduling.policies.policy import Policy, Situation, pause
+from harli_appliance.scheduling.types import Costs, Decision, Step
 
 
-class EveryNSteps:
+class EveryNSteps(Policy):
     """Args: steps: decode steps between two turns."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self._since = 0
 
-    def decide(self, now: Situation, costs: Costs) -> Decision:
-        if now.step is None:
-            return without_serving(now)
-        bound = costs.solo(now.step)
-        self._since += now.step.kind == "decode"
-        if not now.outlook.ready:
-            return pause("no_training_work", bound)
+    def share(self, step: Step, now: Situation, costs: Costs) -> Decision:
+        bound = costs.solo(step)
+        self._since += step.kind == "decode"
         if self._since < self._steps:
             return pause("not_its_turn", bound)
         self._since = 0

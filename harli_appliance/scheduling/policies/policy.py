@@ -1,15 +1,18 @@
-"""What a policy is: given a planned step, the tightest slack and what training could do, what does this tick do?
+"""What a policy is: given a planned step, deadlines and what training could do, what does this tick do?
 
-Each policy is a small class with one method. It sees predictions, never the device. A bound that is None
-(unknown) is never taken for permission: the most careful decision follows.
+Each policy is a small class. It sees predictions, never the device, and is a pure function of the situations
+that it was shown: a simulator calls it as the engine does. A bound that is None (unknown) is never taken for
+permission: the most careful decision follows.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
-from harli_appliance.scheduling.types import UNLIMITED, Bound, Costs, Decision, Outlook, Step
+from harli_appliance.scheduling.reasons import Reason
+from harli_appliance.scheduling.types import UNLIMITED, Bound, Costs, Decision, Outlook, Split, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,27 +22,48 @@ class Situation:
     Attributes:
         step: the serving step that would run; None when there is nothing to serve.
         slack_ms: time until the tightest deadline of the requests in service; infinity without one.
-        tpot_ms: the promised time per output token.
+        tpot_ms: the promised time per output token, of the strictest request in service.
         outlook: what training could do.
+        ended, missed: requests that have ended so far, and those of them that missed their targets.
     """
 
     step: Step | None
     slack_ms: float
     tpot_ms: float
     outlook: Outlook
+    ended: int = 0
+    missed: int = 0
 
 
-class Policy(Protocol):
-    def decide(self, now: Situation, costs: Costs) -> Decision: ...
+class Policy(ABC):
+    """The cases that every policy treats alike; `share` is what makes one."""
+
+    holds_requests: ClassVar[bool] = False
+    """Whether requests wait, without being planned, while training has work."""
+
+    def decide(self, now: Situation, costs: Costs) -> Decision:
+        if now.step is None:
+            return self.alone(now.outlook)
+        if not now.outlook.ready:
+            return pause("no_training_work", costs.solo(now.step))
+        return self.share(now.step, now, costs)
+
+    def alone(self, outlook: Outlook) -> Decision:
+        """Nothing to serve: train if there is something to train."""
+        if outlook.ready:
+            return Decision("training", "nothing_to_serve", serve=False, units=UNLIMITED)
+        return Decision("idle", "nothing_to_do", serve=False, units=0)
+
+    @abstractmethod
+    def share(self, step: Step, now: Situation, costs: Costs) -> Decision:
+        """Both want the device: `step` is `now.step`, and training is ready."""
 
 
-def without_serving(now: Situation) -> Decision:
-    """Nothing to serve: train if there is something to train."""
-    if now.outlook.ready:
-        return Decision("training", "nothing_to_serve", serve=False, units=UNLIMITED)
-    return Decision("idle", "nothing_to_do", serve=False, units=0)
-
-
-def pause(reason: str, bound: Bound | None) -> Decision:
+def pause(reason: Reason, bound: Bound | None) -> Decision:
     """Serve, while training waits."""
     return Decision("pause", reason, serve=True, units=0, bound=bound)
+
+
+def beside(reason: Reason, bound: Bound | None, split: Split | None) -> Decision:
+    """Serve, and train beside it."""
+    return Decision("partition", reason, serve=True, units=UNLIMITED, bound=bound, split=split)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from harli_appliance.scheduling.policies.policy import Situation, pause
-from harli_appliance.scheduling.types import Costs, Decision
+from harli_appliance.scheduling.policies.policy import Policy, Situation, pause
+from harli_appliance.scheduling.types import Costs, Decision, Outlook, Step
 
 
-class ServeOnly:
-    def decide(self, now: Situation, costs: Costs) -> Decision:
-        if now.step is None:
-            return Decision("idle", "policy_serve_only", serve=False, units=0)
-        return pause("policy_serve_only", costs.solo(now.step))
+class ServeOnly(Policy):
+    def alone(self, outlook: Outlook) -> Decision:
+        return Decision("idle", "policy_serve_only", serve=False, units=0)
+
+    def share(self, step: Step, now: Situation, costs: Costs) -> Decision:
+        return pause("policy_serve_only", costs.solo(step))

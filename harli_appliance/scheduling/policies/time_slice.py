@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 
-from harli_appliance.scheduling.policies.policy import Situation, pause, without_serving
-from harli_appliance.scheduling.types import UNLIMITED, Costs, Decision
+from harli_appliance.scheduling.policies.policy import Policy, Situation, pause
+from harli_appliance.scheduling.types import UNLIMITED, Costs, Decision, Step
 
 MOST_UNITS = 64
 """Of one slice, however much room there is: a request that arrives waits for the slice to end."""
 
 
-class TimeSlice:
-    def decide(self, now: Situation, costs: Costs) -> Decision:
-        if now.step is None:
-            return without_serving(now)
-        bound = costs.solo(now.step)
-        if not now.outlook.ready:
-            return pause("no_training_work", bound)
+class TimeSlice(Policy):
+    def share(self, step: Step, now: Situation, costs: Costs) -> Decision:
+        bound = costs.solo(step)
         if bound is None or not math.isfinite(now.outlook.unit_ms):
             return pause("no_prediction", bound)
         # This step and the next one must both fit beside the units that run between them.

@@ -1,0 +1,49 @@
+"""Why a tick did what it did: every code that a decision can carry, and what it means to a person.
+
+Imports nothing, so that the dashboard and the command line can say it in words.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+Reason = Literal[
+    "nothing_to_do",
+    "nothing_to_serve",
+    "no_training_work",
+    "policy_serve_only",
+    "policy_train_only",
+    "policy_naive",
+    "policy_static",
+    "no_prediction",
+    "corun_keeps_pace",
+    "corun_spends_slack",
+    "corun_fits",
+    "corun_too_slow",
+    "keeps_reserve",
+    "slack_left",
+    "no_slack",
+    "its_turn",
+    "not_its_turn",
+]
+
+MEANING: Final[dict[Reason, str]] = {
+    "nothing_to_do": "no requests and no training work",
+    "nothing_to_serve": "no requests: training has the device",
+    "no_training_work": "no job, or the job waits for memory",
+    "policy_serve_only": "the policy never trains",
+    "policy_train_only": "the policy lets requests wait for training",
+    "policy_naive": "the policy always trains beside requests",
+    "policy_static": "the policy always trains on its part of the device",
+    "no_prediction": "too few steps were seen to predict this one",
+    "corun_keeps_pace": "with training beside it, tokens still come faster than promised",
+    "corun_spends_slack": "requests are ahead of their deadlines, and training may use that up",
+    "corun_fits": "the step and training together fit the promised time per token",
+    "corun_too_slow": "with training beside it, the step could miss a deadline",
+    "keeps_reserve": "what requests are ahead of their deadlines is kept for prompts that may arrive",
+    "slack_left": "whole work units fit before the next deadline",
+    "no_slack": "not one work unit fits before the next deadline",
+    "its_turn": "the policy's turn for training has come",
+    "not_its_turn": "the policy's turn for training has not come yet",
+}
+"""One clause for each code."""
