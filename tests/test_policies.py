@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harli_appliance.bench import decide as decide_bench
-from harli_appliance.scheduling.slo import SloTracker
 from harli_appliance.errors import UsageError
 from harli_appliance.scheduling.names import DEFAULT_POLICY, POLICY_NAMES, check_policy
 from harli_appliance.scheduling.policies import Situation, make_policy
@@ -25,6 +24,7 @@ from harli_appliance.scheduling.policies.prompts import RECENT, UNKNOWN_SHARE, P
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.reasons import MEANING
 from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.scheduling.slo import SloTracker
 from harli_appliance.scheduling.types import Bound, Decision, Outlook, Split, Step
 
 READY = Outlook(ready=True, unit_ms=20.0, micro_batch_units=9)
