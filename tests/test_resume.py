@@ -33,11 +33,11 @@ class Bench:
         self._data = data
         self._home = home
         layers = range(len(self.backbone.layers))
-        make = lambda: [torch.zeros(600, self.backbone.kv_width) for _ in layers]  # noqa: E731
+        make = lambda: [torch.zeros(1200, self.backbone.kv_width) for _ in layers]  # noqa: E731
         self._buffers = (make(), make())
 
     def run(
-        self, home: str, leasable: int = 500, every: int = 1, dropout: float = 0.0, **changes: Any
+        self, home: str, leasable: int = 1100, every: int = 1, dropout: float = 0.0, **changes: Any
     ) -> JobRun:
         options = RunOptions(16, 64, every, 3, self._home / home)
         job = replace(a_job(epochs=2, dropout=dropout), **changes)
@@ -165,8 +165,26 @@ def test_gradients_are_clipped_to_the_norm_of_the_job(
 
 
 def test_a_job_that_cannot_fit_is_refused_with_the_numbers(bench: Bench) -> None:
-    with pytest.raises(JobFailed, match=r"needs \d+ slots, but at most 40"):
-        bench.run("small", leasable=40)
+    fitting = bench.run("fitting")
+    state = fitting.state.slots
+    fitting.close()
+    with pytest.raises(
+        JobFailed, match=rf"needs \d+ slots of the pool \({state} for its adapter.* at most {state}"
+    ):
+        bench.run("small", leasable=state)
+    assert not any("lora" in name for name, _ in bench.backbone.model.named_parameters())
+
+
+def test_sequences_are_packed_only_as_far_as_the_pool_allows(bench: Bench) -> None:
+    roomy = bench.run("roomy")
+    few, state = roomy.micro_batches(), roomy.state.slots
+    roomy.close()
+    tight = bench.run("tight", leasable=state + 80)
+    assert tight.micro_batches() > few
+    for _ in range(tight.total_steps):
+        assert all(tight.slots_of(index) <= 80 for index in range(tight.micro_batches()))
+        bench.step(tight)
+    tight.close()
 
 
 def test_each_epoch_sees_every_example_once_in_a_new_order() -> None:

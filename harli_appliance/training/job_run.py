@@ -23,6 +23,7 @@ from harli_appliance.training.adapter_state import AdapterState
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.dataset import read_examples
 from harli_appliance.training.dropout import sequence_key
+from harli_appliance.training.fit import fit, fitting_tokens
 from harli_appliance.training.learning_rate import learning_rate
 from harli_appliance.training.packing import (
     ChatEncoder,
@@ -60,7 +61,7 @@ class JobRun:
         leasable: slots that can be leased at most; a job that needs more is refused.
 
     Raises:
-        JobFailed: a micro-batch would not fit the pool.
+        JobFailed: the adapter's state and a micro-batch would not fit the pool.
     """
 
     def __init__(
@@ -79,7 +80,6 @@ class JobRun:
         self._buffers = buffers
         self._options = options
         self._examples = [encode_example(example, encoder) for example in read_examples(data)]
-        self._refuse_oversize(leasable)
         self.total_steps = job.n_epochs * steps_in_epoch(len(self._examples), job.batch_size)
         self.step = 0
         self.trained_tokens = 0
@@ -96,6 +96,7 @@ class JobRun:
         layers = [self.adapter.parameters(layer) for layer in range(len(backbone.layers))]
         self.state = AdapterState(layers, self._optimizer, [*buffers[0], *buffers[1]])
         try:
+            self._refuse_oversize(leasable)
             self._resume()
         except BaseException:
             self.adapter.detach()
@@ -103,14 +104,13 @@ class JobRun:
         self._plan_step()
 
     def _refuse_oversize(self, leasable: int) -> None:
-        longest = max(self._options.sequence_tokens, max(len(example.tokens) for example in self._examples))
-        needed = footprint(self._backbone, longest).slots
-        if needed > leasable:
-            raise JobFailed(
-                f"a micro-batch of {longest} tokens needs {needed} slots, but at most {leasable} can be leased; "
-                "raise memory.pool_slots or lower training.sequence_tokens",
-                code="does_not_fit",
-            )
+        """Also sets how long packed sequences may be: as asked, or as long as the pool allows."""
+        state = self.state.slots
+        need = fit(self._backbone, state, max(len(example.tokens) for example in self._examples), leasable)
+        if not need.fits:
+            raise JobFailed(need.refusal(), code="does_not_fit")
+        most = fitting_tokens(self._backbone, leasable - state)
+        self._sequence_tokens = min(self._options.sequence_tokens, most)
 
     # -- micro-batches -----------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class JobRun:
             self._examples[index]
             for index in examples_of_step(len(self._examples), self.job.batch_size, self.job.seed, self.step)
         ]
-        self._packs = pack(chosen, self._options.sequence_tokens)
+        self._packs = pack(chosen, self._sequence_tokens)
         self._learned = sum(example.learned_tokens for example in chosen)
         self._step_loss = 0.0
 

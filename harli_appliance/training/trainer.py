@@ -12,8 +12,9 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import structlog
 
@@ -22,18 +23,13 @@ from harli_appliance.errors import HarliError
 from harli_appliance.memory.pool import Lease, SlotPool
 from harli_appliance.scheduling.types import Outlook
 from harli_appliance.training.job_run import JobRun
+from harli_appliance.training.residence import Residence, UnitLane
 from harli_appliance.training.units import WorkUnit
 
 log = structlog.get_logger(__name__)
 
 LEASE_RETRY_S = 0.02
 """How long to wait before asking again for slots that serving may need now."""
-
-
-class UnitLane(Protocol):
-    """Where units run; see `harli_appliance.engine.lanes.Lane`."""
-
-    async def run(self, function: Callable[..., Any], *args: Any) -> Any: ...
 
 
 class JobSource(Protocol):
@@ -174,30 +170,42 @@ class Trainer:
         path = await self._queue.file_path(job.training_file)
         run = await self._home.run(self._start_job, job, path)
         self._run = run
-        while run.step < run.total_steps:
-            for index in range(run.micro_batches()):
-                await self._micro_batch(run, index)
-            await self._alone(run, WorkUnit("step", run.optimizer_step))
-            if run.loss is not None:
-                self._on_step(run.loss)
-            await self._queue.progress(job.id, run.step, run.total_steps, run.trained_tokens, run.loss)
-            if run.checkpoint_due:
-                await self._alone(run, WorkUnit("step", run.checkpoint))
-        self._set_ready(False)
+        residence = Residence(
+            run.state,
+            self._pool,
+            holder=job.id,
+            lane=self._home,
+            memory_lane=self._memory_lane,
+            on_leave=self._changed.set,
+        )
+        try:
+            while run.step < run.total_steps:
+                for index in range(run.micro_batches()):
+                    await self._micro_batch(run, residence, index)
+                await self._alone(run, residence, WorkUnit("step", run.optimizer_step))
+                if run.loss is not None:
+                    self._on_step(run.loss)
+                await self._queue.progress(job.id, run.step, run.total_steps, run.trained_tokens, run.loss)
+                if run.checkpoint_due:
+                    await self._alone(run, residence, WorkUnit("step", run.checkpoint))
+        finally:
+            self._set_ready(False)
+            await residence.leave()
+            self._on_change()  # the engine settles what came back, also while nothing is served
         await self._finish_job(job, run)
 
-    async def _micro_batch(self, run: JobRun, index: int) -> None:
+    async def _micro_batch(self, run: JobRun, residence: Residence, index: int) -> None:
         """One micro-batch to its end; dropped and done again as often as serving takes the slots back."""
         while True:
-            lease = await self._lease(run, run.slots_of(index))
+            lease = await self._lease(run, residence, run.slots_of(index))
             before = self._tokens
             try:
                 batch = run.begin(index, lease.indices)
                 while (unit := batch.next_unit(run.window_tokens, layers=1)) is not None:
                     self._units_left = batch.units_left(run.window_tokens) + run.ends_step(index)
-                    if not await self._permitted(run, lease):
+                    if not await self._permitted(run, residence, lease):
                         break
-                    await self._execute(unit)
+                    await self._execute(residence, unit)
                 else:
                     run.finish(batch)
                     return
@@ -206,28 +214,42 @@ class Trainer:
             self._dropped += 1
             self._tokens = before
 
-    async def _alone(self, run: JobRun, unit: WorkUnit) -> None:
-        """A unit that holds no slots: the optimizer's step, a checkpoint."""
-        self._units_left = 1
-        self._set_ready(True)
-        await self._permitted(run, None)
-        await self._execute(unit)
-
-    async def _lease(self, run: JobRun, slots: int) -> Lease:
+    async def _alone(self, run: JobRun, residence: Residence, unit: WorkUnit) -> None:
+        """A unit that needs no slots but those of the adapter: the optimizer's step, a checkpoint."""
         while True:
-            self._raise_if_cancelled(run)
-            lease: Lease | None = await self._memory_lane.run(self._pool.grant, slots, self._changed.set)
+            await self._settled(run, residence)
+            self._units_left = 1
+            self._set_ready(True)
+            if await self._permitted(run, residence, None):
+                await self._execute(residence, unit)
+                return
+
+    async def _settled(self, run: JobRun, residence: Residence) -> None:
+        """Wait until the adapter's state lies in the pool."""
+        while not await residence.settle():
+            await self._wait_for_slots(run)
+
+    async def _lease(self, run: JobRun, residence: Residence, slots: int) -> Lease:
+        """Wait for the slots of a micro-batch, and for the adapter's state beside them."""
+        grant = partial(self._pool.grant, slots, self._changed.set, holder=run.job.id)
+        while True:
+            await self._settled(run, residence)
+            lease: Lease | None = await self._memory_lane.run(grant)
             if lease is not None:
                 self._set_ready(True)
                 return lease
-            self._set_ready(False)
-            await asyncio.sleep(LEASE_RETRY_S)
+            await self._wait_for_slots(run)
 
-    async def _permitted(self, run: JobRun, lease: Lease | None) -> bool:
-        """Wait until a unit may start; False when the lease must be given up instead."""
+    async def _wait_for_slots(self, run: JobRun) -> None:
+        self._raise_if_cancelled(run)
+        self._set_ready(False)
+        await asyncio.sleep(LEASE_RETRY_S)
+
+    async def _permitted(self, run: JobRun, residence: Residence, lease: Lease | None) -> bool:
+        """Wait until a unit may start; False when slots must be given up instead."""
         while True:
             self._raise_if_cancelled(run)
-            if lease is not None and lease.revoked:
+            if not residence.settled or (lease is not None and lease.revoked):
                 return False
             if self._allowance > 0:
                 return True
@@ -236,10 +258,11 @@ class Trainer:
                 self._spent.set_result(None)
             await self._changed.wait()
 
-    async def _execute(self, unit: WorkUnit) -> None:
+    async def _execute(self, residence: Residence, unit: WorkUnit) -> None:
         self._allowance -= 1
         started = time.perf_counter()
-        await self._lane.run(unit.run)
+        async with residence.in_use:
+            await self._lane.run(unit.run)
         took = 1e3 * (time.perf_counter() - started)
         before = self._unit_ms.get(unit.kind, took)
         self._unit_ms[unit.kind] = before + 0.1 * (took - before)
