@@ -59,7 +59,9 @@ from harli_appliance.store.database import Database
 from harli_appliance.store.lock import HomeLock
 from harli_appliance.store.predictor import load_predictor, save_predictor
 from harli_appliance.store.usage import UsageLog
+from harli_appliance.training import checkpoints
 from harli_appliance.training.backbone import Backbone
+from harli_appliance.training.fairness import make_order
 from harli_appliance.training.hyperparameters import adapter_name
 from harli_appliance.training.job_run import JobRun, RunOptions
 from harli_appliance.training.queue import JobQueue
@@ -68,7 +70,7 @@ from harli_appliance.training.trainer import Trainer
 log = structlog.get_logger(__name__)
 
 SAVE_PREDICTOR_EVERY_S = 60.0
-SHOWN_JOBS = 10
+SHOWN_JOBS = 20
 
 
 class Appliance:
@@ -198,6 +200,8 @@ class Appliance:
             self._pool,
             start_job=self._start_job,
             finish_job=self._finish_job,
+            order=make_order(settings.training.order),
+            max_running=settings.training.max_running_jobs,
             lane=self._training,
             memory_lane=self._inference,
             on_change=lambda: self._engine.wake(),
@@ -285,7 +289,7 @@ class Appliance:
         return JobRun(
             job,
             data,
-            self._backbone,
+            self._backbone.twin(),
             self._codec,
             (self._slots.k_buffers, self._slots.v_buffers),
             RunOptions(
@@ -387,9 +391,28 @@ class Appliance:
 
     async def cancel_job(self, job_id: str) -> Job:
         job = await self._queue.cancel_job(job_id)
+        if job.status == "cancelled":
+            await asyncio.to_thread(checkpoints.discard, self._settings.checkpoints / job_id)
+        self._tell_trainer()
+        return job
+
+    async def pause_job(self, job_id: str) -> Job:
+        job = await self._queue.pause_job(job_id)
+        self._tell_trainer()
+        return job
+
+    async def resume_job(self, job_id: str) -> Job:
+        return await self._queue.resume_job(job_id)
+
+    async def set_priority(self, job_id: str, priority: int) -> Job:
+        job = await self._queue.set_priority(job_id, priority)
+        if self._state == "ready":
+            self._trainer.reweigh(job_id, priority)
+        return job
+
+    def _tell_trainer(self) -> None:
         if self._state == "ready":
             self._trainer.wake()
-        return job
 
     # -- operations --------------------------------------------------------------------------------------
 
@@ -412,7 +435,7 @@ class Appliance:
 
     async def status(self) -> Status:
         self._require_ready()
-        recent, _ = await self._queue.jobs(limit=SHOWN_JOBS)
+        jobs = await self._queue.overview(SHOWN_JOBS)
         return Status(
             version=__version__,
             state="degraded" if self._engine.degraded else self._state,
@@ -420,7 +443,7 @@ class Appliance:
             model=self._name,
             device=self._device,
             partition=self._partition_view(),
-            jobs=job_views(recent),
+            jobs=job_views(jobs, self._trainer),
             models=self.models(),
             **engine_views(self._engine, self._scheduler, self._trainer),
         )

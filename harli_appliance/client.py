@@ -212,6 +212,7 @@ class HarliClient:
         *,
         suffix: str | None = None,
         seed: int | None = None,
+        priority: int | None = None,
         metadata: Mapping[str, str] | None = None,
         **hyperparameters: float | str | None,
     ) -> JobObject:
@@ -222,6 +223,7 @@ class HarliClient:
             "training_file": training_file,
             "suffix": suffix,
             "seed": seed,
+            "priority": priority,
             "metadata": dict(metadata) if metadata else None,
             "method": {"type": "supervised", "supervised": {"hyperparameters": chosen}},
         }
@@ -241,6 +243,17 @@ class HarliClient:
 
     async def cancel_job(self, job_id: str) -> JobObject:
         return await self._post(f"/v1/fine_tuning/jobs/{_segment(job_id)}/cancel", JobObject, {})
+
+    async def pause_job(self, job_id: str) -> JobObject:
+        return await self._post(f"/v1/fine_tuning/jobs/{_segment(job_id)}/pause", JobObject, {})
+
+    async def resume_job(self, job_id: str) -> JobObject:
+        return await self._post(f"/v1/fine_tuning/jobs/{_segment(job_id)}/resume", JobObject, {})
+
+    async def set_priority(self, job_id: str, priority: int) -> JobObject:
+        return await self._post(
+            f"/harli/v1/jobs/{_segment(job_id)}/priority", JobObject, {"priority": priority}
+        )
 
     # -- the wire --------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from pydantic_settings import (
 
 from harli_appliance.errors import ConfigError
 from harli_appliance.scheduling.names import DEFAULT_POLICY, POLICY_NAMES
-from harli_appliance.schema import PolicyName
+from harli_appliance.schema import JobOrder, PolicyName
 
 CONFIG_FILE = "harli.toml"
 
@@ -94,6 +94,14 @@ class MemorySettings(Section):
 
 class TrainingSettings(Section):
     enabled: bool = Field(True, description="Whether jobs are run at all.")
+    order: JobOrder = Field(
+        "fair",
+        description="How running jobs share the device: fair, in proportion to their priorities, or fifo, "
+        "one after the other.",
+    )
+    max_running_jobs: int = Field(
+        4, ge=1, le=64, description="Jobs that run at a time; each holds its adapter and optimizer in memory."
+    )
     max_lora_rank: int = Field(16, ge=1, le=256, description="Largest LoRA rank that can be served.")
     max_adapters: int = Field(4, ge=1, le=64, description="Adapters that one batch can mix.")
     window_tokens: int = Field(

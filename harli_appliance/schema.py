@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from harli_appliance.errors import UsageError
-from harli_appliance.scheduling.names import check_policy
+from harli_appliance.scheduling.names import POLICY_NAMES, check_policy
 
 Mode = Literal["idle", "pause", "time_slice", "partition", "training"]
 """What a tick does: nothing; serve while training waits; alternate; both lanes at once; train only."""
@@ -27,10 +27,15 @@ def _known_policy(name: str) -> str:
 PolicyName = Annotated[str, AfterValidator(_known_policy)]
 """One of `scheduling.names.POLICY_NAMES`."""
 
+JobOrder = Literal["fair", "fifo"]
+"""How running jobs share the device: by priority, or one after the other."""
+
 LearningRateSchedule = Literal["cosine", "linear", "constant"]
 """What the learning rate does after its warm-up: falls to a tenth along half a cosine or a line, or stays."""
 
-JobStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
+ENDED: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
+"""The states that a job never leaves."""
 
 
 class Wire(BaseModel):
@@ -67,15 +72,24 @@ class ServingView(Wire):
     """Over the last 10 seconds."""
 
 
+class RunningJobView(Wire):
+    """Of a job that runs, straight from the trainer."""
+
+    job: str
+    step: int
+    total_steps: int
+    loss: float | None = None
+    device_share: float
+    """Of the device time that training had lately, in [0, 1]."""
+
+
 class TrainingView(Wire):
     tokens: int
     """Tokens whose backward pass is done, since start."""
     tokens_per_s: float
     """Over the last 10 seconds."""
-    job: str | None = None
-    step: int | None = None
-    total_steps: int | None = None
-    loss: float | None = None
+    running: list[RunningJobView] = []
+    """In the order in which they began."""
     dropped_micro_batches: int = 0
 
 
@@ -113,6 +127,9 @@ class JobView(Wire):
     step: int = 0
     total_steps: int = 0
     loss: float | None = None
+    priority: int = 10
+    device_share: float | None = None
+    """Of a running job: its share of the device time that training had lately."""
     created_at: int
     error: str | None = None
 
@@ -131,6 +148,8 @@ class Status(Wire):
     model: str
     device: str
     policy: str
+    policies: list[str] = list(POLICY_NAMES)
+    """Those that this appliance can use."""
     mode: Mode
     reason: str
     """Why the scheduler decided as it did in the last tick, one short code."""
@@ -141,7 +160,7 @@ class Status(Wire):
     pool: PoolView
     predictor: PredictorView
     jobs: list[JobView]
-    """Active ones first, then the most recent, ten at most."""
+    """Running, queued in their order, paused, then what ended last; twenty at most."""
     models: list[ModelView]
 
 

@@ -16,6 +16,7 @@ from harli_appliance.schema import (
     Percentiles,
     PoolView,
     PredictorView,
+    RunningJobView,
     ServingView,
     SloView,
     TrainingView,
@@ -57,10 +58,16 @@ def engine_views(engine: Engine, scheduler: Scheduler, trainer: Trainer) -> Engi
         training=TrainingView(
             tokens=training.tokens,
             tokens_per_s=now.training_tokens_per_s,
-            job=training.job,
-            step=training.step,
-            total_steps=training.total_steps,
-            loss=training.loss,
+            running=[
+                RunningJobView(
+                    job=job.id,
+                    step=job.step,
+                    total_steps=job.total_steps,
+                    loss=job.loss,
+                    device_share=job.share,
+                )
+                for job in training.running
+            ],
             dropped_micro_batches=training.dropped_micro_batches,
         ),
         pool=pool_view(now.pool),
@@ -72,10 +79,8 @@ def engine_views(engine: Engine, scheduler: Scheduler, trainer: Trainer) -> Engi
     )
 
 
-def job_views(jobs: Sequence[Job]) -> list[JobView]:
-    """Active jobs first, then the most recent."""
-    active = [job for job in jobs if job.status in ("running", "queued")]
-    ended = [job for job in jobs if job.status not in ("running", "queued")]
+def job_views(jobs: Sequence[Job], trainer: Trainer) -> list[JobView]:
+    shares = {job.id: job.share for job in trainer.state().running}
     return [
         JobView(
             id=job.id,
@@ -85,10 +90,12 @@ def job_views(jobs: Sequence[Job]) -> list[JobView]:
             step=job.step,
             total_steps=job.total_steps,
             loss=job.loss,
+            priority=job.priority,
+            device_share=shares.get(job.id),
             created_at=job.created_at,
             error=job.error_message,
         )
-        for job in (*active, *ended)
+        for job in jobs
     ]
 
 

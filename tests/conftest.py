@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
+import openai
 import pytest
+
+from tests.fakes import FakeAppliance, listening
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
@@ -125,3 +129,29 @@ def reference(tiny_model: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(tiny_model).float().eval()
+
+
+# -- the API around a fake appliance; a module that wants another one overrides what differs -----------------
+
+
+@pytest.fixture
+def port(tmp_path: Path) -> FakeAppliance:
+    return FakeAppliance(tmp_path)
+
+
+@pytest.fixture
+async def url(port: FakeAppliance) -> AsyncIterator[str]:
+    async with listening(port) as listener:
+        yield listener.url
+
+
+@pytest.fixture
+async def client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+async def http(url: str) -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(url) as session:
+        yield session

@@ -15,6 +15,7 @@ from harli_appliance.api.server import Listener, serve
 from harli_appliance.config import Settings
 from harli_appliance.errors import Conflict, DatasetError, NotFound
 from harli_appliance.schema import (
+    ENDED,
     JobView,
     ModelView,
     PartitionView,
@@ -22,6 +23,7 @@ from harli_appliance.schema import (
     PolicyChange,
     PoolView,
     PredictorView,
+    RunningJobView,
     Sample,
     ServingView,
     SloView,
@@ -107,7 +109,9 @@ def make_status(**changes: object) -> Status:
             output_tokens_per_s=33.4,
         ),
         training=TrainingView(
-            tokens=98_765, tokens_per_s=52.5, job="ftjob-run", step=31, total_steps=100, loss=1.734
+            tokens=98_765,
+            tokens_per_s=52.5,
+            running=[RunningJobView(job="ftjob-run", step=31, total_steps=100, loss=1.734, device_share=1.0)],
         ),
         partition=PartitionView(inference="core 0", training="core 1", inference_share=0.5),
         pool=make_pool(),
@@ -120,6 +124,7 @@ def make_status(**changes: object) -> Status:
                 step=31,
                 total_steps=100,
                 loss=1.734,
+                device_share=1.0,
                 created_at=1_790_000_000,
             ),
             JobView(id="ftjob-wait", status="queued", model=BASE, total_steps=40, created_at=1_790_000_100),
@@ -263,6 +268,7 @@ class FakeAppliance:
             warmup_ratio=0.1 if spec.warmup_ratio is None else spec.warmup_ratio,
             max_grad_norm=1.0 if spec.max_grad_norm is None else spec.max_grad_norm,
             suffix=spec.suffix,
+            priority=spec.priority or 10,
             metadata=spec.metadata,
             total_steps=10,
         )
@@ -297,6 +303,21 @@ class FakeAppliance:
         if (await self.job(job_id)).status == "succeeded":
             raise Conflict(f"job '{job_id}' has already succeeded")
         return self.update(job_id, status="cancelled", finished_at=1_790_000_500)
+
+    async def pause_job(self, job_id: str) -> Job:
+        if (job := await self.job(job_id)).status in ENDED:
+            raise Conflict(f"job '{job_id}' has already {job.status}")
+        return job if job.status == "running" else self.update(job_id, status="paused")
+
+    async def resume_job(self, job_id: str) -> Job:
+        if (job := await self.job(job_id)).status != "paused":
+            raise Conflict(f"job '{job_id}' is {job.status}")
+        return self.update(job_id, status="queued")
+
+    async def set_priority(self, job_id: str, priority: int) -> Job:
+        if (job := await self.job(job_id)).status in ENDED:
+            raise Conflict(f"job '{job_id}' is {job.status}")
+        return self.update(job_id, priority=priority)
 
     # -- operations ------------------------------------------------------------------------------
 

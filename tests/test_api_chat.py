@@ -5,40 +5,15 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import aiohttp
 import openai
 import pytest
 
 from harli_appliance.errors import EngineFault, NotFound, Overloaded
-from tests.fakes import BASE, FakeAppliance, listening, words
+from tests.fakes import BASE, FakeAppliance, words
 
 HELLO = [{"role": "user", "content": "Say hello"}]
-
-
-@pytest.fixture
-def port(tmp_path: Path) -> FakeAppliance:
-    return FakeAppliance(tmp_path)
-
-
-@pytest.fixture
-async def url(port: FakeAppliance) -> AsyncIterator[str]:
-    async with listening(port) as listener:
-        yield listener.url
-
-
-@pytest.fixture
-async def client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
-async def http(url: str) -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(url) as session:
-        yield session
 
 
 async def refused(http: aiohttp.ClientSession, **fields: object) -> dict[str, object]:

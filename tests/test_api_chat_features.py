@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import openai
 import pytest
@@ -12,23 +10,9 @@ from pydantic import BaseModel
 
 from harli_appliance.api.ports import Logprob, TextDelta
 from harli_appliance.errors import EngineFault
-from tests.fakes import BASE, FakeAppliance, listening
+from tests.fakes import BASE, FakeAppliance
 
 HELLO = [{"role": "user", "content": "Say hello"}]
-
-
-@pytest.fixture
-def port(tmp_path: Path) -> FakeAppliance:
-    return FakeAppliance(tmp_path)
-
-
-@pytest.fixture
-async def client(port: FakeAppliance) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with (
-        listening(port) as listener,
-        openai.AsyncOpenAI(base_url=f"{listener.url}/v1", api_key="x", max_retries=0) as client,
-    ):
-        yield client
 
 
 async def test_sampling_values_reach_the_appliance(client: openai.AsyncOpenAI, port: FakeAppliance) -> None:

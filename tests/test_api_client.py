@@ -28,11 +28,6 @@ HELLO = [{"role": "user", "content": "hi"}]
 
 
 @pytest.fixture
-def port(tmp_path: Path) -> FakeAppliance:
-    return FakeAppliance(tmp_path)
-
-
-@pytest.fixture
 async def client(port: FakeAppliance) -> AsyncIterator[HarliClient]:
     async with listening(port) as listener, HarliClient(f"{listener.url}/v1") as client:
         yield client
@@ -101,6 +96,9 @@ async def test_files_and_jobs(client: HarliClient, port: FakeAppliance, tmp_path
     assert (port.specs[0].n_epochs, port.specs[0].lora_rank, job.hyperparameters.n_epochs) == (2, None, 2)
     port.update(job.id, step=4, loss=1.5)
     assert ((await client.job(job.id)).harli.step, (await client.jobs()).data[0].harli.loss) == (4, 1.5)
+    assert (await client.set_priority(job.id, 20)).harli.priority == 20
+    assert (await client.pause_job(job.id)).status == "paused"
+    assert (await client.resume_job(job.id)).status == "queued"
     assert (await client.cancel_job(job.id)).status == "cancelled"
     assert (await client.delete_file(file.id)).deleted
     with pytest.raises(NotFound, match=r"no job '\.\./files'"):

@@ -16,26 +16,9 @@ LINE = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "
 
 
 @pytest.fixture
-def port(tmp_path: Path) -> FakeAppliance:
-    return FakeAppliance(tmp_path)
-
-
-@pytest.fixture
 async def url(port: FakeAppliance) -> AsyncIterator[str]:
     async with listening(port, max_upload_mib=1) as listener:
         yield listener.url
-
-
-@pytest.fixture
-async def client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
-async def http(url: str) -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(url) as session:
-        yield session
 
 
 def leftovers(port: FakeAppliance) -> list[Path]:
@@ -287,6 +270,44 @@ async def test_cancelling(
         assert response.status == 400
 
 
+async def test_priority(client: openai.AsyncOpenAI, http: aiohttp.ClientSession, port: FakeAppliance) -> None:
+    file_id = await upload(client)
+    job = await client.fine_tuning.jobs.create(model=BASE, training_file=file_id, extra_body={"priority": 30})
+    assert (port.specs[0].priority, job.harli["priority"]) == (30, 30)  # type: ignore[attr-defined]
+    path = f"/harli/v1/jobs/{job.id}/priority"
+    async with http.post(path, json={"priority": 40}) as response:
+        assert (await response.json())["harli"]["priority"] == 40
+    for wrong in ({"priority": 0}, {"priority": 101}, {"priority": "high"}, {}):
+        async with http.post(path, json=wrong) as response:
+            assert response.status == 400
+            assert (await response.json())["error"]["param"] == "priority"
+    port.update(job.id, status="cancelled")
+    async with http.post(path, json={"priority": 1}) as response:
+        assert response.status == 409
+    with pytest.raises(openai.BadRequestError):
+        await client.fine_tuning.jobs.create(model=BASE, training_file=file_id, extra_body={"priority": 101})
+
+
+async def test_pausing_and_resuming(
+    client: openai.AsyncOpenAI, http: aiohttp.ClientSession, port: FakeAppliance
+) -> None:
+    file_id = await upload(client)
+    job = await client.fine_tuning.jobs.create(model=BASE, training_file=file_id)
+    with pytest.raises(openai.ConflictError):
+        await client.fine_tuning.jobs.resume(job.id)
+    assert (await client.fine_tuning.jobs.pause(job.id)).status == "paused"
+    assert (await client.fine_tuning.jobs.retrieve(job.id)).trained_tokens is None
+    assert (await client.fine_tuning.jobs.resume(job.id)).status == "queued"
+    port.update(job.id, status="failed", error_code="x", error_message="y")
+    with pytest.raises(openai.ConflictError):
+        await client.fine_tuning.jobs.pause(job.id)
+    for action in ("pause", "resume"):
+        path = f"/v1/fine_tuning/jobs/{job.id}/{action}"
+        async with http.post(path, data=json.dumps({"a": 1})) as response:
+            assert response.status == 400
+            assert f"{action} takes no body" in (await response.json())["error"]["message"]
+
+
 @pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "metadata[a]=b", "order=asc"])
 async def test_wrong_queries_are_refused(http: aiohttp.ClientSession, query: str) -> None:
     async with http.get(f"/v1/fine_tuning/jobs?{query}") as response:
@@ -298,6 +319,8 @@ async def test_what_does_not_exist_is_404(client: openai.AsyncOpenAI) -> None:
     for call in (
         client.fine_tuning.jobs.retrieve("ftjob-none"),
         client.fine_tuning.jobs.cancel("ftjob-none"),
+        client.fine_tuning.jobs.pause("ftjob-none"),
+        client.fine_tuning.jobs.resume("ftjob-none"),
         client.files.content("file-none"),
         client.files.delete("file-none"),
     ):

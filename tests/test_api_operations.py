@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import aiohttp
 import openai
@@ -18,17 +16,6 @@ from harli_appliance.config import Settings
 from harli_appliance.errors import ConfigError
 from harli_appliance.schema import Percentiles, PolicyChange, Status, Timeline
 from tests.fakes import BASE, FakeAppliance, listening, make_status
-
-
-@pytest.fixture
-def port(tmp_path: Path) -> FakeAppliance:
-    return FakeAppliance(tmp_path)
-
-
-@pytest.fixture
-async def http(port: FakeAppliance) -> AsyncIterator[aiohttp.ClientSession]:
-    async with listening(port) as listener, aiohttp.ClientSession(listener.url) as session:
-        yield session
 
 
 async def test_models(port: FakeAppliance) -> None:
@@ -107,6 +94,10 @@ def test_metrics_say_what_the_status_says() -> None:
     ]
     assert (found["harli_mode", "partition"], found["harli_mode", "pause"]) == (1, 0)
     assert (found["harli_jobs", "running"], found["harli_jobs", "failed"]) == (1, 0)
+    running = {
+        name: found[f"harli_job_{name}", "ftjob-run"] for name in ("step", "steps", "loss", "device_ratio")
+    }
+    assert running == {"step": 31, "steps": 100, "loss": 1.734, "device_ratio": 1.0}
 
 
 def test_metrics_leave_out_what_is_not_known_yet() -> None:

@@ -75,7 +75,7 @@ def test_a_model_that_sglang_does_not_load_whole_is_refused(serving: Serving, tm
 
 def test_an_architecture_outside_the_list_is_served_and_refused_for_finetuning_by_name(
     tiny_model: Path,
-    lesson: Path,  # noqa: F811
+    lesson: Path,
     tmp_path: Path,
 ) -> None:
     folder = make(GraniteConfig(**COMMON), tmp_path / "granite", tiny_model)

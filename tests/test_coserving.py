@@ -6,10 +6,10 @@ import asyncio
 import hashlib
 import json
 import random
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -25,7 +25,9 @@ from harli_appliance.runtime.weights import assert_shared, shared_model
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.scheduling.slo import SloTracker
+from harli_appliance.schema import JobOrder
 from harli_appliance.training.backbone import Backbone
+from harli_appliance.training.fairness import make_order
 from harli_appliance.training.job_run import JobRun, RunOptions
 from harli_appliance.training.trainer import Trainer
 from tests.conftest import Serving
@@ -66,43 +68,71 @@ def lesson(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@dataclass
 class FakeQueue:
-    """One job, in memory."""
+    """Jobs in memory, given in their order; the last one is `job`."""
 
-    job: Job
-    data: Path
-    cancelled: bool = False
-    losses: list[float | None] = field(default_factory=list)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    outcome: str = ""
-    _given: bool = False
+    def __init__(self, jobs: Sequence[Job], data: Path) -> None:
+        self.job = jobs[-1]
+        self.data = data
+        self.asking: dict[str, Literal["pause", "cancel"]] = {}
+        self.paused = asyncio.Event()
+        self.ended = asyncio.Event()
+        """When every job has."""
+        self.outcomes: dict[str, str] = {}
+        self.told: dict[str, list[float | None]] = {job.id: [] for job in jobs}
+        self._waiting = list(jobs)
+        self._left = len(jobs)
+        self._queued = asyncio.Event()
+        self._queued.set()
+
+    @property
+    def outcome(self) -> str:
+        return self.outcomes[self.job.id]
+
+    @property
+    def losses(self) -> list[float | None]:
+        return self.told[self.job.id]
+
+    def ask(self, what: Literal["pause", "cancel"], job: str | None = None) -> None:
+        self.asking[job or self.job.id] = what
+
+    def resume(self, job: Job | None = None) -> None:
+        self.paused.clear()
+        self._waiting.append(job or self.job)
+        self._queued.set()
 
     async def next_job(self) -> Job | None:
-        given, self._given = self._given, True
-        return None if given else self.job
+        if not self._waiting:
+            self._queued.clear()
+            return None
+        return self._waiting.pop(0)
 
     async def wait_for_job(self) -> None:
-        await asyncio.Event().wait()
+        await self._queued.wait()
 
     async def file_path(self, file_id: str) -> Path:
         return self.data
 
     async def progress(self, job_id: str, step: int, total: int, tokens: int, loss: float | None) -> None:
-        self.losses.append(loss)
+        self.told[job_id].append(loss)
 
-    def cancel_requested(self, job_id: str) -> bool:
-        return self.cancelled
+    def asked(self, job_id: str) -> Literal["pause", "cancel"] | None:
+        return self.asking.get(job_id)
 
-    async def finish_cancelled(self, job_id: str) -> Job:
-        return self._end("cancelled")
+    async def stopped(self, job_id: str) -> Job:
+        if self.asking.pop(job_id) == "cancel":
+            return replace(self.end(job_id, "cancelled"), status="cancelled")
+        self.paused.set()
+        return replace(self.job, status="paused")
 
     async def fail(self, job_id: str, code: str, message: str) -> Job:
-        return self._end(f"failed: {code}: {message}")
+        return self.end(job_id, f"failed: {code}: {message}")
 
-    def _end(self, outcome: str) -> Job:
-        self.outcome = outcome
-        self.ended.set()
+    def end(self, job_id: str, outcome: str) -> Job:
+        self.outcomes[job_id] = outcome
+        self._left -= 1
+        if not self._left:
+            self.ended.set()
         return self.job
 
 
@@ -116,6 +146,9 @@ class Rig:
     queue: FakeQueue
     backbone: Backbone
     adapters: Path
+
+    def weights_of(self, job: str) -> bytes:
+        return (self.adapters / job / "adapter_model.safetensors").read_bytes()
 
     async def answer(self, request: str, ids: list[int], count: int, adapter: str | None = None) -> list[int]:
         submission = Submission(request, ids, Sampling(max_tokens=count, ignore_eos=True), adapter)
@@ -133,8 +166,15 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
     codec = TextCodec(serving.folder)
     twin = shared_model(serving.runtime.model, serving.folder)
 
-    async def build(policy: Any = "adaptive", job: Job | None = None, watermark: float = 0.1) -> Rig:
-        queue = FakeQueue(job or a_job(), lesson)
+    async def build(
+        policy: Any = "adaptive",
+        job: Job | None = None,
+        watermark: float = 0.1,
+        jobs: Sequence[Job] = (),
+        order: JobOrder = "fair",
+        serve: bool = True,
+    ) -> Rig:
+        queue = FakeQueue(jobs or [job or a_job()], lesson)
         pool = SlotPool(serving.slots, watermark=watermark)
         pools.append(pool)
         backbone = Backbone(twin)
@@ -144,7 +184,7 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
             return JobRun(
                 job,
                 data,
-                backbone,
+                backbone.twin(),
                 codec,
                 (serving.slots.k_buffers, serving.slots.v_buffers),
                 options,
@@ -152,21 +192,23 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
             )
 
         async def finish(job: Job, run: JobRun) -> None:
-            await lane.run(run.save_adapter, tmp_path / "adapter")
-            name = f"{job.id}-{tmp_path.name}"
-            await serving.lane.run(serving.runtime.load_adapter, name, name, str(tmp_path / "adapter"))
-            queue._end("succeeded")
+            folder = tmp_path / "adapters" / job.id
+            await lane.run(run.save_adapter, folder)
+            if serve:
+                name = f"{job.id}-{tmp_path.name}"
+                await serving.lane.run(serving.runtime.load_adapter, name, name, str(folder))
+            queue.end(job.id, "succeeded")
 
         trainer = Trainer(
-            queue, pool, start_job=start, finish_job=finish, lane=lane, memory_lane=serving.lane,
-            on_change=lambda: engine.wake(),
+            queue, pool, start_job=start, finish_job=finish, order=make_order(order), max_running=4,
+            lane=lane, memory_lane=serving.lane, on_change=lambda: engine.wake(),
         )  # fmt: skip
         engine = Engine(
             serving.runtime, pool, Scheduler(Predictor(), policy), trainer, SloTracker(1e6, 1e6), serving.lane,
             lane, max_queued=64,
         )  # fmt: skip
         tasks.extend([asyncio.create_task(engine.run()), asyncio.create_task(trainer.run())])
-        return Rig(engine, trainer, pool, queue, backbone, tmp_path / "adapter")
+        return Rig(engine, trainer, pool, queue, backbone, tmp_path / "adapters")
 
     yield build
     for task in tasks:
@@ -212,7 +254,7 @@ async def test_served_tokens_are_the_same_with_training(
         count += len(batch)
     assert made.trainer.state().tokens > 0, "training must have run beside the requests"
     assert digest(serving) == weights, "the base weights changed"
-    made.queue.cancelled = True
+    made.queue.ask("cancel")
     made.trainer.wake()
     await asyncio.wait_for(made.queue.ended.wait(), 30)
 
@@ -234,7 +276,7 @@ async def test_a_finished_adapter_is_served_as_peft_computes_it(
         made.answer("tuned", ids, 16, f"{made.queue.job.id}-{made.adapters.parent.name}"),
     )
     assert plain == greedy(reference, ids, 16)
-    peft = PeftModel.from_pretrained(copy.deepcopy(reference), made.adapters)
+    peft = PeftModel.from_pretrained(copy.deepcopy(reference), made.adapters / made.queue.job.id)
     assert tuned == greedy(peft, ids, 16)
     assert tuned != plain
     assert digest(serving) == weights
@@ -283,7 +325,7 @@ async def test_cancelling_lets_go_of_everything(rig: RigFactory, serving: Servin
     made = await rig(job=a_job(epochs=1000))
     while made.trainer.state().tokens < 50:  # noqa: ASYNC110  the trainer tells nobody
         await asyncio.sleep(0.02)
-    made.queue.cancelled = True
+    made.queue.ask("cancel")
     made.trainer.wake()
     await asyncio.wait_for(made.queue.ended.wait(), 30)
     assert made.queue.outcome == "cancelled"
@@ -291,6 +333,37 @@ async def test_cancelling_lets_go_of_everything(rig: RigFactory, serving: Servin
     await asyncio.sleep(0.1)
     assert made.pool.use().leased == 0
     assert not any("lora" in name for name, _ in made.backbone.model.named_parameters())
+
+
+async def test_a_job_that_is_paused_again_and_again_is_bitwise_the_undisturbed_one(
+    rig: RigFactory, serving: Serving
+) -> None:
+    undisturbed = await rig(job=a_job("ftjob-calm", epochs=8, dropout=0.2))
+    await asyncio.wait_for(undisturbed.queue.ended.wait(), 120)
+    made = await rig(job=a_job("ftjob-paused", epochs=8, dropout=0.2))
+    pick, pauses = random.Random(5), 0
+    while not made.queue.ended.is_set():
+        trained = made.trainer.state().tokens
+        tokens = pick.randrange(1, 300)  # some pauses find no step that is new
+        while made.trainer.state().tokens < trained + tokens and not made.queue.ended.is_set():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        if made.queue.ended.is_set():
+            break
+        made.queue.ask("pause")
+        made.trainer.wake()
+        ended, paused = (asyncio.create_task(e.wait()) for e in (made.queue.ended, made.queue.paused))
+        await asyncio.wait_for(asyncio.wait([ended, paused], return_when="FIRST_COMPLETED"), 30)
+        ended.cancel()
+        paused.cancel()
+        if made.queue.paused.is_set():
+            pauses += 1
+            await made.answer(f"while-paused-{pauses}", prompt(2, 5), 2)
+            assert made.pool.use().leased == 0
+            made.queue.resume()
+    assert made.queue.outcome == "succeeded"
+    assert pauses >= 5
+    assert made.queue.losses == undisturbed.queue.losses
+    assert made.weights_of("ftjob-paused") == undisturbed.weights_of("ftjob-calm")
 
 
 async def test_a_loss_that_explodes_fails_the_job_and_not_serving(

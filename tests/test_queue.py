@@ -1,186 +1,24 @@
-"""The job queue: uploads, jobs from queued to their end, cancellation, restarts, kills."""
+"""The job queue: jobs from their making to their end."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import json
-import os
-import random
-import signal
-import sqlite3
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from harli_appliance.api.ports import JobSpec
-from harli_appliance.config import Settings, load_settings
-from harli_appliance.errors import ApplianceUnavailable, Conflict, DatasetError, NotFound, UsageError
-from harli_appliance.store.database import Database
+from harli_appliance.errors import Conflict, UsageError
 from harli_appliance.training.hyperparameters import MAX_SEED
 from harli_appliance.training.queue import JobQueue
-from harli_appliance.training.uploads import UploadFolder
-
-GOOD = b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}\n'
-
-
-@pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.chdir(tmp_path)
-    return load_settings(home=tmp_path / "home")
-
-
-@pytest.fixture
-async def database(settings: Settings):
-    database = await Database.open(settings.database)
-    yield database
-    await database.close()
-
-
-@pytest.fixture
-async def queue(settings: Settings, database: Database):
-    queue = JobQueue(database, settings, model="tiny")
-    await queue.recover()
-    yield queue
-    await queue.close()
-
-
-@pytest.fixture
-def upload(tmp_path: Path):
-    def upload(content: bytes = GOOD) -> Path:
-        path = tmp_path / "upload"
-        path.write_bytes(content)
-        return path
-
-    return upload
-
-
-@pytest.fixture
-async def spec(queue: JobQueue, upload) -> JobSpec:
-    file = await queue.create_file(upload(), "a.jsonl", "fine-tune")
-    return JobSpec(model="tiny", training_file=file.id)
-
-
-async def messages(queue: JobQueue, job_id: str) -> list[str]:
-    events, more = await queue.events(job_id, limit=1000)
-    assert not more
-    return [event.message for event in reversed(events)]
-
-
-def kept(settings: Settings) -> list[str]:
-    return sorted(path.name for path in settings.files.glob("*"))
-
-
-# -- files -------------------------------------------------------------------------------------------------
-
-
-async def test_an_upload_is_taken_over_and_listed(queue, settings, upload):
-    path = upload()
-    file = await queue.create_file(path, "../dir/my data.jsonl", "fine-tune")
-    assert (file.filename, file.bytes, file.purpose) == ("my data.jsonl", len(GOOD), "fine-tune")
-    assert not path.exists()
-    assert (await queue.file_path(file.id)).read_bytes() == GOOD
-    assert await queue.files() == [file] == [await queue.file(file.id)]
-    assert kept(settings) == [f"{file.id}.jsonl"]
-
-
-async def test_files_are_listed_newest_first(queue, upload):
-    made = [(await queue.create_file(upload(), f"{n}.jsonl", "fine-tune")).id for n in range(3)]
-    assert [file.id for file in await queue.files()] == made[::-1]
-
-
-async def test_a_malformed_upload_leaves_nothing_behind(queue, settings, upload):
-    with pytest.raises(DatasetError, match=r"line 2: .* \(and 1 more; ") as error:
-        await queue.create_file(upload(GOOD + b"{}\nnope\n"), "a.jsonl", "fine-tune")
-    assert [finding.line for finding in error.value.findings] == [2, 3]
-    assert await queue.files() == []
-    assert kept(settings) == []
-
-
-async def test_only_the_purpose_fine_tune_is_taken(queue, settings, upload):
-    with pytest.raises(UsageError) as error:
-        await queue.create_file(upload(), "a.jsonl", "batch")
-    assert error.value.param == "purpose"
-    assert kept(settings) == []
-
-
-async def test_an_upload_over_the_configured_size_is_refused(database, settings, upload):
-    small = settings.model_copy(update={"server": settings.server.model_copy(update={"max_upload_mib": 1})})
-    with pytest.raises(DatasetError, match="limit is 1 MiB"):
-        await JobQueue(database, small, model="tiny").create_file(upload(GOOD * 20_000), "a", "fine-tune")
-
-
-async def test_examples_longer_than_the_context_are_refused(database, settings, upload):
-    queue = JobQueue(
-        database, settings, model="tiny", count_tokens=lambda chat: len(chat) * 5, context_length=9
-    )
-    with pytest.raises(DatasetError, match="10 tokens"):
-        await queue.create_file(upload(), "a.jsonl", "fine-tune")
-
-
-async def test_a_row_that_cannot_be_written_takes_the_file_away_again(queue, database, settings, upload):
-    trigger = "CREATE TRIGGER refuse BEFORE INSERT ON files BEGIN SELECT RAISE(ABORT, 'refused'); END"
-    await database.run(lambda db: db.execute(trigger))
-    with pytest.raises(sqlite3.IntegrityError, match="refused"):
-        await queue.create_file(upload(), "a.jsonl", "fine-tune")
-    assert kept(settings) == []
-
-
-def test_an_upload_comes_over_from_another_file_system(tmp_path, upload, monkeypatch):
-    def other_device(self: Path, target: Path) -> Path:
-        raise OSError(errno.EXDEV, "other device")
-
-    folder, path = UploadFolder(tmp_path / "files"), upload()
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", other_device)
-        folder.bring_in(path, "file-1")
-    folder.reveal("file-1")
-    assert folder.path("file-1").read_bytes() == GOOD
-    assert not path.exists()
-
-
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, upload, monkeypatch):
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ApplianceUnavailable, match="No space left"):
-        UploadFolder(tmp_path / "files").bring_in(upload(), "file-1")
-    assert list((tmp_path / "files").iterdir()) == []
-
-
-async def test_a_file_is_deleted_only_when_no_job_needs_it(queue, settings, spec):
-    job = await queue.create_job(spec)
-    with pytest.raises(Conflict, match=f"{job.id}.*queued"):
-        await queue.delete_file(spec.training_file)
-    await queue.next_job()
-    with pytest.raises(Conflict, match=f"{job.id}.*running"):
-        await queue.delete_file(spec.training_file)
-    assert (await queue.file_path(spec.training_file)).is_file()
-    await queue.fail(job.id, "x", "y")
-    await queue.delete_file(spec.training_file)
-    assert await queue.files() == []
-    assert kept(settings) == []
-    assert (await queue.job(job.id)).training_file == spec.training_file
-
-
-@pytest.mark.parametrize("name", ["file-none", "", "\ud800", "a" * 10_000, "x\0y"])
-async def test_what_does_not_exist_is_not_found(queue, name):
-    for call in (queue.file, queue.file_path, queue.delete_file, queue.job, queue.cancel_job, queue.events):
-        with pytest.raises(NotFound):
-            await call(name)
-    with pytest.raises(NotFound) as error:
-        await queue.create_job(JobSpec(model="tiny", training_file=name))
-    assert error.value.param == "training_file"
-    with pytest.raises(NotFound) as error:
-        await queue.jobs(after=name)
-    assert error.value.param == "after"
-
-
-# -- making a job ------------------------------------------------------------------------------------------
+from tests.queue_rig import (  # noqa: F401  fixtures
+    database,
+    messages,
+    queue,
+    settings,
+    spec,
+    upload,
+)
 
 
 async def test_a_job_is_stored_with_every_default_resolved(queue, spec):
@@ -251,6 +89,8 @@ async def test_a_job_keeps_what_was_asked_for(queue, spec):
         ("warmup_ratio", float("nan")),
         ("max_grad_norm", -1.0),
         ("max_grad_norm", float("inf")),
+        ("priority", 0),
+        ("priority", 101),
         ("metadata", {"k" * 65: "v"}),
         ("metadata", {"k": "v" * 513}),
         ("metadata", {str(n): "v" for n in range(17)}),
@@ -276,9 +116,6 @@ async def test_no_job_is_taken_when_finetuning_is_off(database, settings, spec):
         await queue.create_job(spec)
 
 
-# -- running a job -----------------------------------------------------------------------------------------
-
-
 async def test_jobs_run_in_the_order_they_came_and_are_listed_newest_first(queue, spec):
     made = [(await queue.create_job(spec)).id for _ in range(3)]
     taken = [await queue.next_job() for _ in range(3)]
@@ -289,6 +126,46 @@ async def test_jobs_run_in_the_order_they_came_and_are_listed_newest_first(queue
     assert ([job.id for job in page], more) == ([made[2], made[1]], True)
     page, more = await queue.jobs(limit=2, after=page[-1].id)
     assert ([job.id for job in page], more) == ([made[0]], False)
+
+
+async def test_a_job_of_higher_priority_is_taken_first(queue, spec):
+    usual, low, high, other = [
+        (await queue.create_job(replace(spec, priority=priority))).id for priority in (None, 1, 50, 50)
+    ]
+    assert (await queue.set_priority(low, 60)).priority == 60
+    assert (await messages(queue, low))[-1] == "Priority set to 60"
+    assert [(await queue.next_job()).id for _ in range(4)] == [low, high, other, usual]
+    assert (await queue.set_priority(high, 2)).status == "running"
+    assert (await queue.job(usual)).priority == 10
+    for wrong in (0, 101):
+        with pytest.raises(UsageError) as error:
+            await queue.set_priority(usual, wrong)
+        assert error.value.param == "priority"
+    await queue.fail(high, "x", "y")
+    with pytest.raises(Conflict, match="no longer matters"):
+        await queue.set_priority(high, 3)
+
+
+async def test_the_overview_never_loses_a_running_job_among_waiting_ones(queue, spec):
+    running, ended, paused = [(await queue.create_job(spec)).id for _ in range(3)]
+    waiting = [(await queue.create_job(spec)).id for _ in range(4)]
+    await queue.next_job()
+    await queue.cancel_job(ended)
+    await queue.pause_job(paused)
+    await queue.set_priority(waiting[2], 20)
+    order = [running, waiting[2], waiting[0], waiting[1], waiting[3], paused, ended]
+    assert [job.id for job in await queue.overview(10)] == order
+    assert [job.id for job in await queue.overview(2)] == order[:2]
+
+
+async def test_asking_for_a_job_looks_into_the_database_only_when_one_may_be_there(
+    queue, database, spec, monkeypatch
+):
+    await queue.create_job(spec)
+    assert await queue.next_job() is not None
+    assert await queue.next_job() is None
+    monkeypatch.setattr(database, "run", None)
+    assert await queue.next_job() is None
 
 
 async def test_a_job_that_succeeds_tells_its_story_and_leaves_an_adapter(queue, settings, spec):
@@ -387,178 +264,3 @@ async def test_the_trainer_is_woken_by_a_new_job_and_not_before(queue, spec):
         await queue.jobs()
     assert not waiting.done()
     waiting.cancel()
-
-
-# -- cancelling --------------------------------------------------------------------------------------------
-
-
-async def test_a_queued_job_is_cancelled_at_once(queue, spec):
-    job = await queue.create_job(spec)
-    assert (await queue.cancel_job(job.id)).status == "cancelled"
-    assert await queue.next_job() is None
-    assert not queue.cancel_requested(job.id)
-    with pytest.raises(Conflict, match="is cancelled"):
-        await queue.cancel_job(job.id)
-
-
-async def test_a_running_job_is_cancelled_by_the_trainer(queue, spec):
-    job = await queue.create_job(spec)
-    await queue.next_job()
-    assert not queue.cancel_requested(job.id)
-    for _ in range(2):
-        assert (await queue.cancel_job(job.id)).status == "running"
-        assert queue.cancel_requested(job.id)
-    assert (await queue.finish_cancelled(job.id)).status == "cancelled"
-    assert not queue.cancel_requested(job.id)
-    assert (await messages(queue, job.id))[1:] == ["Job started", "Cancellation requested", "Job cancelled"]
-
-
-async def test_a_job_that_ends_before_its_cancellation_has_ended(queue, settings, spec):
-    job = await queue.create_job(spec)
-    await queue.next_job()
-    await queue.cancel_job(job.id)
-    assert (await queue.succeed(job.id, settings.adapters / "a", 8)).status == "succeeded"
-    assert not queue.cancel_requested(job.id)
-
-
-async def test_a_client_that_hangs_up_still_gets_its_job_queued_and_the_trainer_woken(queue, spec):
-    waiting = asyncio.create_task(queue.wait_for_job())
-    await queue.jobs()
-    request = asyncio.create_task(queue.create_job(spec))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    request.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await request
-    await asyncio.wait_for(waiting, 5)
-    assert len((await queue.jobs())[0]) == 1
-
-
-# -- starting again ----------------------------------------------------------------------------------------
-
-
-async def test_a_restart_queues_what_ran_first_and_ends_what_was_being_cancelled(
-    queue, database, settings, spec
-):
-    first, second, third = [await queue.create_job(spec) for _ in range(3)]
-    await queue.next_job()
-    await queue.progress(first.id, 10, 60, 640, 1.0)
-    await queue.next_job()
-    await queue.cancel_job(second.id)
-
-    again = JobQueue(database, settings, model="tiny")
-    await again.recover()
-    await again.wait_for_job()
-    assert [(await again.job(job.id)).status for job in (first, second, third)] == [
-        "queued",
-        "cancelled",
-        "queued",
-    ]
-    resumed = await again.next_job()
-    assert (resumed.id, resumed.step) == (first.id, 10)
-    assert (await messages(again, first.id))[-2:] == [
-        "The appliance was started again; the job resumes from its last checkpoint",
-        "Job resumed",
-    ]
-    await again.progress(first.id, 5, 60, 320, 1.0)
-    assert (await again.job(first.id)).step == 5
-    assert (await again.next_job()).id == third.id
-
-
-async def test_a_restart_sweeps_what_has_no_row_and_nothing_else(queue, database, settings, spec):
-    (settings.files / "file-orphan.jsonl").write_bytes(GOOD)
-    (settings.files / ".file-half.incoming").write_bytes(GOOD)
-    await JobQueue(database, settings, model="tiny").recover()
-    assert kept(settings) == [f"{spec.training_file}.jsonl"]
-
-
-WRITER = """
-import asyncio, json, sys
-from pathlib import Path
-from harli_appliance.api.ports import JobSpec
-from harli_appliance.config import load_settings
-from harli_appliance.store.database import Database
-from harli_appliance.training.queue import JobQueue
-
-def tell(*words):
-    print(json.dumps(words), flush=True)
-
-async def main(home):
-    settings = load_settings(home=home)
-    queue = JobQueue(await Database.open(settings.database), settings, model="tiny")
-    await queue.recover()
-    while True:
-        upload = home / "upload"
-        upload.write_bytes(sys.argv[2].encode())
-        file = await queue.create_file(upload, "a.jsonl", "fine-tune")
-        tell("file", file.id)
-        job = await queue.create_job(JobSpec(model="tiny", training_file=file.id))
-        tell("job", job.id, "queued", 0)
-        running = await queue.next_job()
-        for step in (1, 2, 3):
-            await queue.progress(running.id, step, 3, step, 1.0)
-            tell("job", running.id, "running", step)
-        await queue.succeed(running.id, home / "adapters" / running.id, 8)
-        tell("job", running.id, "succeeded", 3)
-
-asyncio.run(main(Path(sys.argv[1])))
-"""
-
-
-def run_and_kill(settings: Settings, cwd: Path, after_lines: int) -> list[list]:
-    """What a writer told until it was killed, which is in the middle of whatever it did then."""
-    with subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(settings.home), GOOD.decode()],
-        stdout=subprocess.PIPE,
-        cwd=cwd,
-        text=True,
-    ) as writer:
-        assert writer.stdout is not None
-        lines = [writer.stdout.readline() for _ in range(after_lines)]
-        writer.send_signal(signal.SIGKILL)
-        lines += writer.stdout.readlines()
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-async def test_nothing_told_is_lost_and_nothing_is_half_there_after_kills(settings, tmp_path):
-    """Kill -9 in the middle of writes, several times on the same directory."""
-    settings.home.mkdir()
-    pick = random.Random(7)
-    told: dict[str, tuple[str, int]] = {}
-    stored: set[str] = set()
-    order = ["queued", "running", "succeeded"]
-    for _ in range(4):
-        for kind, *words in run_and_kill(settings, tmp_path, pick.randint(15, 40)):
-            if kind == "file":
-                stored.add(words[0])
-            else:
-                told[words[0]] = (words[1], words[2])
-
-    with sqlite3.connect(settings.database) as raw:
-        assert raw.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        assert raw.execute("PRAGMA foreign_key_check").fetchall() == []
-    raw.close()
-    database = await Database.open(settings.database)
-    queue = JobQueue(database, settings, model="tiny")
-    await queue.recover()
-    found = {job.id: job for job in (await queue.jobs(limit=100_000))[0]}
-    assert len(told) > 10
-    for job_id, (status, step) in told.items():
-        job = found[job_id]
-        # A later write may have been kept without being told of, and a restart sends running jobs back.
-        reached = "running" if job.status == "queued" and job.started_at else job.status
-        assert order.index(reached) >= order.index(status)
-        assert job.step >= min(step, 1)  # a resumed job repeats its steps
-        assert job.step == 3 or job.status != "succeeded"
-    adapters = {adapter.job_id for adapter in await queue.adapters()}
-    assert adapters == {job.id for job in found.values() if job.status == "succeeded"}
-    for job in found.values():
-        story = await messages(queue, job.id)
-        assert story[0] == f"Created fine-tuning job: {job.id}"
-        assert ("The job has successfully completed" in story) == (job.status == "succeeded")
-    files = {file.id for file in await queue.files()}
-    assert stored <= files
-    assert kept(settings) == sorted(f"{file_id}.jsonl" for file_id in files)
-    for file_id in files:
-        assert (await queue.file_path(file_id)).read_bytes() == GOOD
-    await database.close()

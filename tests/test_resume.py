@@ -59,7 +59,7 @@ def weights(run: JobRun) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def bench(reference: Any, tiny_model: Path, lesson: Path, tmp_path: Path) -> Bench:  # noqa: F811
+def bench(reference: Any, tiny_model: Path, lesson: Path, tmp_path: Path) -> Bench:
     return Bench(reference, tiny_model, lesson, tmp_path)
 
 
@@ -84,6 +84,30 @@ def test_stopping_after_any_step_changes_nothing(bench: Bench, dropout: float) -
             assert torch.equal(value, wanted[name]), name
         assert second.trained_tokens == straight.trained_tokens
         second.close()
+
+
+def test_pausing_in_the_middle_of_a_step_keeps_the_steps_before_it(bench: Bench) -> None:
+    straight = bench.run("straight")
+    wanted = [bench.step(straight) for _ in range(STEPS)]
+    tokens = straight.trained_tokens
+    straight.close()
+    first = bench.run("paused")
+    found = [bench.step(first), bench.step(first)]
+    assert first.has_unkept_steps
+    batch = first.begin(0, torch.arange(first.slots_of(0)))
+    while (unit := batch.next_unit(first.window_tokens, layers=1)) is not None:
+        unit.run()
+    first.finish(batch)  # its gradients are lost with the pause, and must not be counted either
+    first.checkpoint()
+    assert not first.has_unkept_steps
+    first.close()
+    second = bench.run("paused")
+    assert not second.has_unkept_steps
+    assert second.step == 2
+    found += [bench.step(second) for _ in range(STEPS - 2)]
+    assert found == wanted
+    assert second.trained_tokens == tokens
+    second.close()
 
 
 def test_a_dropped_micro_batch_leaves_no_trace(bench: Bench) -> None:

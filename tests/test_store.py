@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from harli_appliance.api.ports import Job
+from harli_appliance.assets import migrations_folder
 from harli_appliance.errors import ApplianceUnavailable, ConfigError, Conflict, NotFound, UsageError
 from harli_appliance.store import adapters, files, jobs, predictor
 from harli_appliance.store.database import Database
@@ -169,6 +172,49 @@ async def test_a_database_from_a_newer_version_is_refused(tmp_path: Path):
         await Database.open(path)
 
 
+async def test_a_database_of_before_pausing_keeps_its_jobs_events_and_adapters(tmp_path: Path):
+    """The migration rebuilds a table that others refer to with ON DELETE CASCADE."""
+    old = tmp_path / "migrations"
+    old.mkdir()
+    for path in migrations_folder().glob("000[123]*.py"):
+        shutil.copy(path, old)
+    path = tmp_path / "harli.db"
+    database = await Database.open(path, migrations_folder=old)
+    for sql in (
+        "INSERT INTO files (id, filename, purpose, bytes, examples, created_at)"
+        " VALUES ('file-1', 'a', 'fine-tune', 1, 1, 1)",
+        "INSERT INTO jobs (id, status, model, training_file, created_at, seed, n_epochs, batch_size,"
+        " learning_rate, lora_rank, lora_alpha, lora_dropout)"
+        " SELECT 'ftjob-' || value, 'queued', 'tiny', 'file-1', value, 7, 1, 1, 0.1, 8, 16, 0.25"
+        " FROM json_each('[1, 2, 3]')",
+        "UPDATE jobs SET status = 'running', started_at = 5 WHERE id != 'ftjob-1'",
+        "UPDATE jobs SET cancel_requested = 1, step = 3, total_steps = 9 WHERE id = 'ftjob-2'",
+        "UPDATE jobs SET status = 'succeeded', finished_at = 6, fine_tuned_model = 'ft' WHERE id = 'ftjob-3'",
+        "INSERT INTO job_events (id, job_id, created_at, level, message)"
+        " VALUES ('e1', 'ftjob-1', 1, 'info', 'hello')",
+        "INSERT INTO adapters (name, job_id, path, rank, created_at) VALUES ('ft', 'ftjob-3', 'a', 8, 6)",
+    ):
+        await write(database, sql)
+    await database.close()
+
+    database = await Database.open(path)
+    found = {job.id: job for job in (await database.run(lambda db: jobs.list_jobs(db, 10, None)))[0]}
+    assert {name: job.status for name, job in found.items()} == {
+        "ftjob-3": "succeeded", "ftjob-2": "running", "ftjob-1": "queued",
+    }  # fmt: skip
+    assert (found["ftjob-2"].step, found["ftjob-2"].started_at, found["ftjob-2"].lora_dropout) == (3, 5, 0.25)
+    assert await database.run(lambda db: jobs.asked_of(db, "ftjob-2")) == "cancel"
+    events, _ = await database.run(lambda db: jobs.list_events(db, "ftjob-1", 10, None))
+    assert [event.message for event in events] == ["hello"]
+    assert [a.name for a in await database.run(adapters.list_adapters)] == ["ft"]
+    assert await database.run(lambda db: db.execute("PRAGMA foreign_key_check").fetchall()) == []
+    await database.run(lambda db: jobs.insert_job(db, replace(QUEUED, id="ftjob-4")))
+    assert await scalar(database, "SELECT seq FROM jobs WHERE id = 'ftjob-4'") == 4
+    with pytest.raises(sqlite3.IntegrityError):
+        await write(database, "DELETE FROM jobs WHERE id = 'ftjob-3'")
+    await database.close()
+
+
 def test_each_migration_has_its_own_name_and_its_own_set():
     for name in ("harli", "harli-metrics"):
         names = [step.name for migrations in load_migrations(name) for step in migrations._migrations]
@@ -185,10 +231,11 @@ def test_each_migration_has_its_own_name_and_its_own_set():
         ("succeeded", {"fine_tuned_model": "ft:tiny"}),
         ("failed", {"error_code": "x", "error_message": "y"}),
         ("cancelled", {}),
+        ("paused", {}),
         ("queued", {}),
     ],
 )
-async def test_a_running_job_can_go_to_every_end_and_back_to_the_queue(database, status, changes):
+async def test_a_running_job_can_go_to_every_end_to_a_pause_and_back_to_the_queue(database, status, changes):
     def work(db):
         jobs.insert_job(db, QUEUED)
         jobs.move_job(db, "ftjob-1", "running")
@@ -196,7 +243,7 @@ async def test_a_running_job_can_go_to_every_end_and_back_to_the_queue(database,
 
     job = await database.run(work)
     assert job.status == status
-    assert (job.finished_at is None) == (status == "queued")
+    assert (job.finished_at is None) == (status in ("queued", "paused"))
     assert job.started_at is not None
 
 
@@ -205,6 +252,28 @@ async def test_a_queued_job_cannot_skip_running(database: Database, status):
     await database.run(lambda db: jobs.insert_job(db, QUEUED))
     with pytest.raises(Conflict, match=f"is queued; it cannot become {status}"):
         await database.run(lambda db: jobs.move_job(db, "ftjob-1", status))
+
+
+async def test_a_paused_job_goes_on_through_the_queue_or_is_cancelled(database: Database):
+    def work(db):
+        jobs.insert_job(db, QUEUED)
+        jobs.move_job(db, "ftjob-1", "paused")
+        for status in ("running", "succeeded", "failed"):
+            with pytest.raises(Conflict, match="is paused"):
+                jobs.move_job(db, "ftjob-1", status)
+        jobs.move_job(db, "ftjob-1", "queued")
+        jobs.move_job(db, "ftjob-1", "paused")
+        return jobs.move_job(db, "ftjob-1", "cancelled")
+
+    assert (await database.run(work)).finished_at is not None
+
+
+async def test_sql_itself_lets_no_paused_job_run(database: Database):
+    await database.run(lambda db: jobs.insert_job(db, QUEUED))
+    await database.run(lambda db: jobs.move_job(db, "ftjob-1", "paused"))
+    for sql in ("UPDATE jobs SET status = 'running', started_at = 1", "DELETE FROM files"):
+        with pytest.raises(sqlite3.IntegrityError):
+            await write(database, sql)
 
 
 async def test_an_ended_job_stays_ended(database: Database):
@@ -219,7 +288,8 @@ async def test_an_ended_job_stays_ended(database: Database):
     "sql",
     [
         "UPDATE jobs SET status = 'succeeded', finished_at = 1, fine_tuned_model = 'x'",
-        "UPDATE jobs SET status = 'paused'",
+        "UPDATE jobs SET status = 'resting'",
+        "UPDATE jobs SET asked = 'pause'",
         "UPDATE jobs SET status = 'running'",
         "UPDATE jobs SET status = 'cancelled'",
         "UPDATE jobs SET finished_at = 1",
@@ -233,7 +303,6 @@ async def test_an_ended_job_stays_ended(database: Database):
         "UPDATE jobs SET warmup_ratio = 1.1",
         "UPDATE jobs SET max_grad_norm = -1",
         "UPDATE jobs SET metadata = 'not json'",
-        "UPDATE jobs SET cancel_requested = 1",
         "DELETE FROM files",
         "INSERT INTO job_events (id, job_id, created_at, level, message) VALUES ('e', 'none', 1, 'info', '')",
         "INSERT INTO job_events (id, job_id, created_at, level, message) VALUES ('e', 'ftjob-1', 1, '?', '')",

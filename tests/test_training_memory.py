@@ -116,7 +116,7 @@ class Job:
 @pytest.mark.parametrize("moment", [("forward", 9), ("loss", 2), ("backward", 21), ("step", 1)])
 def test_all_that_training_holds_between_units_lies_in_the_pool(
     serving: Serving,
-    lesson: Path,  # noqa: F811
+    lesson: Path,
     tmp_path: Path,
     moment: tuple[str, int],
 ) -> None:

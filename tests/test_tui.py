@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
 from textual.widgets import DataTable, Digits, Input
 
+from harli_appliance.api.ports import JobSpec, StoredFile
 from harli_appliance.client import HarliClient
 from harli_appliance.errors import ConfigError
 from harli_appliance.schema import JobView, PolicyChange
@@ -17,13 +19,14 @@ from harli_appliance.tui import app as dashboard
 from harli_appliance.tui import words
 from harli_appliance.tui.app import HarliTop
 from harli_appliance.tui.bars import Share, bar, legend, widths
+from harli_appliance.tui.dialogs import CancelScreen, PolicyScreen
 from harli_appliance.tui.feed import Feed, History
 from harli_appliance.tui.help import HelpScreen
 from harli_appliance.tui.panels import PoolPanel
 from harli_appliance.tui.plots import tick_step
 from harli_appliance.tui.snapshot import sparkline
 from harli_appliance.tui.themes import load_themes
-from tests.fakes import FakeAppliance, listening, make_sample, make_status
+from tests.fakes import BASE, FakeAppliance, listening, make_sample, make_status
 
 NOW = 1_790_000_100.0
 
@@ -38,16 +41,18 @@ def port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeAppliance:
 @asynccontextmanager
 async def opened(url: str, size: tuple[int, int] = (140, 44)) -> AsyncIterator[tuple[HarliTop, Pilot[None]]]:
     app = HarliTop(HarliClient(url))
-    async with app.run_test(size=size) as pilot:
+    async with app.run_test(size=size, notifications=True) as pilot:
         yield app, pilot
 
 
-async def until(pilot: Pilot[None], true: Callable[[], bool]) -> None:
+async def until(
+    pilot: Pilot[None], true: Callable[[], bool], why: Callable[[], str] = lambda: "it did not come to that"
+) -> None:
     for _ in range(100):
         if true():
             return
         await pilot.pause(0.05)
-    raise AssertionError("it did not come to that")
+    raise AssertionError(why())
 
 
 def shown(app: HarliTop) -> str:
@@ -58,9 +63,7 @@ def shown(app: HarliTop) -> str:
 
 async def test_it_shows_what_the_appliance_says(port: FakeAppliance) -> None:
     async with listening(port) as listener, opened(listener.url) as (app, pilot):
-        await until(pilot, lambda: "core 0" in shown(app))
-        screen = shown(app)
-        for piece in (
+        pieces = (
             "ready 1h 02m",
             "policy adaptive",
             "smollm2-135m-instruct",
@@ -80,8 +83,11 @@ async def test_it_shows_what_the_appliance_says(port: FakeAppliance) -> None:
             "31/100",
             "ft:smollm2:harbour",
             "Filter jobs",
-        ):
-            assert piece in screen, piece
+            "Pause/resume",
+        )
+        # The parts of a screen are drawn one after the other.
+        missing = lambda: [piece for piece in pieces if piece not in shown(app)]  # noqa: E731
+        await until(pilot, lambda: not missing(), lambda: f"missing: {missing()}")
         digits = app.query_one("#tpot", Digits)
         assert (digits.value, digits.has_class("success")) == ("180", True)
 
@@ -124,20 +130,65 @@ async def test_a_wrong_key_is_said(port: FakeAppliance) -> None:
         await until(pilot, lambda: "Authorization: Bearer" in shown(app))
 
 
-async def test_the_policy_changes_only_after_enter(port: FakeAppliance) -> None:
+async def test_the_policy_is_picked_from_what_the_appliance_can_use(port: FakeAppliance) -> None:
+    port.status_now = make_status(policies=["adaptive", "harli", "static:44", "time_slice:64", "serve_only"])
     async with listening(port) as listener, opened(listener.url) as (app, pilot):
         await until(pilot, lambda: "policy adaptive" in shown(app))
         await pilot.press("p")
-        await until(pilot, lambda: "Change the policy to time_slice?" in shown(app))
-        await pilot.press("escape")
-        await pilot.press("enter")
-        assert port.changes == []
-        await pilot.press("p", "p")
-        await until(pilot, lambda: "Change the policy to serve_only?" in shown(app))
-        await pilot.press("enter")
+        await until(pilot, lambda: "one micro-batch after every 64 steps" in shown(app))
+        assert "● adaptive" in shown(app)
+        assert "static:44" in shown(app)
+        await pilot.press("down", "escape")
+        await pilot.press("p", "enter")
+        assert port.changes == [], "it is the policy already"
+        await pilot.press("p")
+        await until(pilot, lambda: isinstance(app.screen, PolicyScreen))
+        await pilot.press("up", "enter")
         await until(pilot, lambda: "policy serve_only" in shown(app))
         assert port.changes == [PolicyChange(policy="serve_only")]
-        assert "Change the policy" not in shown(app)
+
+
+async def with_jobs(port: FakeAppliance) -> None:
+    """The jobs of the status, as the appliance keeps them."""
+    port.stored["file-0"] = StoredFile("file-0", "a.jsonl", "fine-tune", 1, 1)
+    for view in port.status_now.jobs:
+        job = await port.create_job(JobSpec(BASE, "file-0"))
+        port.all_jobs[view.id] = replace(port.all_jobs.pop(job.id), id=view.id, status=view.status)
+        port.all_events[view.id] = port.all_events.pop(job.id)
+
+
+async def test_keys_act_on_the_job_under_the_cursor(port: FakeAppliance) -> None:
+    await with_jobs(port)
+    status = lambda name: port.all_jobs[name].status  # noqa: E731
+    async with listening(port) as listener, opened(listener.url) as (app, pilot):
+        table = app.query_one(DataTable)
+        await until(pilot, lambda: table.row_count == 3)
+        await pilot.press("down", "space")
+        await until(pilot, lambda: status("ftjob-wait") == "paused")
+        paused = port.status_now.jobs[1].model_copy(update={"status": "paused"})
+        running, _, done = port.status_now.jobs
+        port.status_now = make_status(jobs=[paused, done, running])
+        await until(pilot, lambda: table.get_row_index("ftjob-wait") == 0)
+        assert table.cursor_row == 0, "the cursor stays on its job"
+        await pilot.press("space")
+        await until(pilot, lambda: status("ftjob-wait") == "queued")
+        await pilot.press("plus")
+        await until(pilot, lambda: port.all_jobs["ftjob-wait"].priority == 20)
+        await pilot.press("minus")
+        await until(pilot, lambda: port.all_jobs["ftjob-wait"].priority == 5)
+        port.happen("ftjob-wait", "Something of note")
+        await pilot.press("enter")
+        await until(pilot, lambda: "Something of note" in shown(app))
+        await pilot.press("escape", "x")
+        await until(pilot, lambda: "Cancel the job?" in shown(app))
+        await pilot.press("escape")
+        await pilot.press("x")
+        await until(pilot, lambda: isinstance(app.screen, CancelScreen))
+        assert status("ftjob-wait") == "queued", "Esc cancelled nothing"
+        await pilot.press("y")
+        await until(pilot, lambda: status("ftjob-wait") == "cancelled")
+        await pilot.press("space")
+        await until(pilot, lambda: "job 'ftjob-wait' is cancelled" in shown(app))
 
 
 async def test_jobs_are_filtered(port: FakeAppliance) -> None:
@@ -148,9 +199,9 @@ async def test_jobs_are_filtered(port: FakeAppliance) -> None:
         await until(pilot, lambda: table.row_count == 1)
         assert "ftjob-done" in shown(app)
         assert "ftjob-wait" not in shown(app)
-        await pilot.press("p")
+        await pilot.press("t")
         assert app.query_one("#filter", Input).value == "done", "keys are keys again"
-        await pilot.press("escape", "escape")
+        await pilot.press("escape")
         await until(pilot, lambda: table.row_count == 3)
 
 
@@ -184,8 +235,6 @@ async def test_every_size_shows_latency_memory_and_a_job(port: FakeAppliance, si
         assert app.screen.has_class("-compact") == (size[0] < 100)
         if size[1] >= 24:
             assert "ftjob-run" in shown(app)
-            await pilot.press("p")
-            await pilot.pause()
             for panel in app.query(".panel"):
                 assert panel.region.bottom < size[1], panel
 

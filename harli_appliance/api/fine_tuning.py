@@ -1,4 +1,4 @@
-"""``/v1/fine_tuning/jobs``: create, list, show, events, cancel.
+"""``/v1/fine_tuning/jobs``: create, list, show, events, cancel, pause, resume.
 
 Knows OpenAI's job objects. Does not know how a job runs or where it is kept.
 """
@@ -11,7 +11,7 @@ from aiohttp import web
 from pydantic import Field
 
 from harli_appliance.api.bodies import Query, parse_json, read_body, read_query
-from harli_appliance.api.fine_tuning_request import JobBody
+from harli_appliance.api.fine_tuning_request import JobBody, PriorityBody
 from harli_appliance.api.ports import FineTuning, Job, JobEvent
 from harli_appliance.api.wire import (
     Hyperparameters,
@@ -24,8 +24,7 @@ from harli_appliance.api.wire import (
     SupervisedMethod,
 )
 from harli_appliance.errors import UsageError
-
-ENDED = frozenset({"succeeded", "failed", "cancelled"})
+from harli_appliance.schema import ENDED
 
 
 class PageQuery(Query):
@@ -44,6 +43,9 @@ class FineTuningRoutes:
             web.get("/v1/fine_tuning/jobs/{id}", self.show),
             web.get("/v1/fine_tuning/jobs/{id}/events", self.events),
             web.post("/v1/fine_tuning/jobs/{id}/cancel", self.cancel),
+            web.post("/v1/fine_tuning/jobs/{id}/pause", self.pause),
+            web.post("/v1/fine_tuning/jobs/{id}/resume", self.resume),
+            web.post("/harli/v1/jobs/{id}/priority", self.priority),
         ]
 
     async def create(self, request: web.Request) -> web.Response:
@@ -78,10 +80,25 @@ class FineTuningRoutes:
         return web.json_response(page.model_dump(mode="json"))
 
     async def cancel(self, request: web.Request) -> web.Response:
-        raw = await request.read()
-        if raw and parse_json(raw):
-            raise UsageError("cancelling a job takes no body; leave it out", code="unknown_parameter")
-        return _one(await self._port.cancel_job(request.match_info["id"]))
+        return _one(await self._port.cancel_job(await _job_alone(request)))
+
+    async def pause(self, request: web.Request) -> web.Response:
+        return _one(await self._port.pause_job(await _job_alone(request)))
+
+    async def resume(self, request: web.Request) -> web.Response:
+        return _one(await self._port.resume_job(await _job_alone(request)))
+
+    async def priority(self, request: web.Request) -> web.Response:
+        body = await read_body(request, PriorityBody)
+        return _one(await self._port.set_priority(request.match_info["id"], body.priority))
+
+
+async def _job_alone(request: web.Request) -> str:
+    """The job's id of a request that says nothing else."""
+    raw = await request.read()
+    if raw and parse_json(raw):
+        raise UsageError(f"{request.path} takes no body; leave it out", code="unknown_parameter")
+    return request.match_info["id"]
 
 
 def _one(job: Job) -> web.Response:
@@ -114,6 +131,7 @@ def job_object(job: Job) -> JobObject:
             trained_tokens=job.trained_tokens,
             loss=job.loss,
             started_at=job.started_at,
+            priority=job.priority,
         ),
     )
 

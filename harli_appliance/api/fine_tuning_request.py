@@ -68,6 +68,12 @@ class MethodBody(Body):
         return kind
 
 
+class PriorityBody(Body):
+    """``POST /harli/v1/jobs/{id}/priority``."""
+
+    priority: Annotated[int, Field(ge=1, le=100)]
+
+
 class JobBody(Body):
     """``POST /v1/fine_tuning/jobs``."""
 
@@ -79,6 +85,7 @@ class JobBody(Body):
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     method: MethodBody | None = None
     hyperparameters: HyperparametersBody | None = None
+    priority: Annotated[int, Field(ge=1, le=100)] | None = None
     metadata: (
         Annotated[
             dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
@@ -107,6 +114,7 @@ class JobBody(Body):
             training_file=self.training_file,
             suffix=self.suffix,
             seed=self.seed,
+            priority=self.priority,
             metadata=self.metadata or {},
             **values,
         )

@@ -7,7 +7,7 @@ the recent window, because the engine keeps samples rather than buckets.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -87,11 +87,32 @@ class StatusCollector(Collector):
             "Micro-batches dropped to give memory back to serving.",
             training.dropped_micro_batches,
         )
-        if training.loss is not None:
-            yield _gauge("harli_training_loss", "Loss of the last optimizer step.", training.loss)
+        yield from self._running_jobs()
         counts = Counter(job.status for job in self._status.jobs)
         by_status = {status: float(counts[status]) for status in get_args(JobStatus)}
-        yield _by("status", "harli_jobs", "Active and most recent jobs, ten at most.", by_status)
+        yield _by(
+            "status",
+            "harli_jobs",
+            "Jobs that have not ended, then the most recent, twenty at most.",
+            by_status,
+        )
+
+    def _running_jobs(self) -> Iterator[Metric]:
+        jobs = self._status.training.running
+        by_job: dict[str, tuple[str, dict[str, float]]] = {
+            "harli_job_step": ("Optimizer steps made.", {job.job: job.step for job in jobs}),
+            "harli_job_steps": ("Optimizer steps in all.", {job.job: job.total_steps for job in jobs}),
+            "harli_job_loss": (
+                "Loss of the last optimizer step.",
+                {job.job: job.loss for job in jobs if job.loss is not None},
+            ),
+            "harli_job_device_ratio": (
+                "Share of the device time that training had lately.",
+                {job.job: job.device_share for job in jobs},
+            ),
+        }
+        for name, (text, values) in by_job.items():
+            yield _by("job", name, f"{text} Of each running job.", values)
 
     def _memory(self) -> Iterator[Metric]:
         pool = self._status.pool
@@ -122,7 +143,7 @@ def _counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(name, text, value=value)
 
 
-def _by(label: str, name: str, text: str, values: dict[str, float]) -> Metric:
+def _by(label: str, name: str, text: str, values: Mapping[str, float]) -> Metric:
     family = GaugeMetricFamily(name, text, labels=(label,))
     for label_value, value in values.items():
         family.add_metric((label_value,), value)

@@ -15,6 +15,9 @@ from harli_appliance.schema import JobStatus, LearningRateSchedule, ModelView, P
 
 FinishReason = Literal["stop", "length"]
 
+PRIORITY = 10
+"""Of a job that says none."""
+
 
 @dataclass(frozen=True, slots=True)
 class ChatCall:
@@ -117,6 +120,7 @@ class JobSpec:
     lr_scheduler_type: LearningRateSchedule | None = None
     warmup_ratio: float | None = None
     max_grad_norm: float | None = None
+    priority: int | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -145,6 +149,8 @@ class Job:
     max_grad_norm: float = 1.0
     """Gradients with a larger 2-norm are scaled down to it; 0 leaves them alone."""
     suffix: str | None = None
+    priority: int = PRIORITY
+    """Beside another job it gets device time in proportion to this, 1 to 100."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     started_at: int | None = None
     finished_at: int | None = None
@@ -193,6 +199,9 @@ class FineTuning(Protocol):
         self, job_id: str, limit: int = 20, after: str | None = None
     ) -> tuple[list[JobEvent], bool]: ...
     async def cancel_job(self, job_id: str) -> Job: ...
+    async def pause_job(self, job_id: str) -> Job: ...
+    async def resume_job(self, job_id: str) -> Job: ...
+    async def set_priority(self, job_id: str, priority: int) -> Job: ...
 
 
 class Operations(Protocol):

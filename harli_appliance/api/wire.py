@@ -178,6 +178,7 @@ class JobProgress(WireObject):
     trained_tokens: int
     loss: float | None = None
     started_at: int | None = None
+    priority: int = 10
 
 
 class JobObject(WireObject):

@@ -82,9 +82,7 @@ class _NoTraining:
         return done
 
     def state(self) -> TrainerState:
-        return TrainerState(
-            tokens=0, job=None, step=None, total_steps=None, loss=None, dropped_micro_batches=0
-        )
+        return TrainerState(tokens=0, running=(), dropped_micro_batches=0)
 
 
 def prompt(seed: int, tokens: int) -> list[int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -13,10 +14,18 @@ from harli_appliance.cli.output import note, number, print_json, print_table, wh
 if TYPE_CHECKING:
     from harli_appliance.api.wire import JobEventObject, JobObject
     from harli_appliance.client import HarliClient
+    from harli_appliance.schema import JobStatus
 
-app = typer.Typer(help="Finetuning jobs: create, watch, cancel.", no_args_is_help=True)
+Result = TypeVar("Result")
 
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, as 'harli jobs list' shows it.")]
+app = typer.Typer(help="Finetuning jobs: create, watch, pause, resume, cancel.", no_args_is_help=True)
+
+JobId = Annotated[
+    str,
+    typer.Argument(
+        metavar="JOB", help="A job's id or a part of it that no other has, its adapter's name, or 'last'."
+    ),
+]
 
 
 @app.command("create")
@@ -47,6 +56,14 @@ def create(
     ] = None,
     suffix: Annotated[str | None, typer.Option(help="Becomes part of the adapter's name.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same order of examples.")] = None,
+    priority: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=100,
+            help="20 gets twice the device time of 10, and is started before it; 10 when not given.",
+        ),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the job has ended.")] = False,
     json: Json = False,
     url: Url = None,
@@ -63,6 +80,7 @@ def create(
             file_id,
             suffix=suffix,
             seed=seed,
+            priority=priority,
             n_epochs=epochs,
             batch_size=batch_size,
             learning_rate=learning_rate,
@@ -83,6 +101,16 @@ def create(
         print_json(job.model_dump(mode="json"))
     else:
         typer.echo(job.id)
+
+
+def of_job(url: str | None, told: str, work: Callable[[HarliClient, str], Awaitable[Result]]) -> Result:
+    """Do `work` with the job that `told` names."""
+    from harli_appliance.cli.job_ids import find_job
+
+    async def conversation(client: HarliClient) -> Result:
+        return await work(client, await find_job(client, told))
+
+    return talk(url, conversation)
 
 
 async def training_file(client: HarliClient, file: str, path: Path | None) -> str:
@@ -117,12 +145,13 @@ def list_(
             job.status,
             f"{job.harli.step}/{job.harli.total_steps}",
             number(job.harli.loss),
+            str(job.harli.priority),
             when(job.created_at),
             job.fine_tuned_model or "-",
         )
         for job in page.data
     ]
-    print_table(("JOB", "STATUS", "STEP", "LOSS", "CREATED", "ADAPTER"), rows)
+    print_table(("JOB", "STATUS", "STEP", "LOSS", "PRIORITY", "CREATED", "ADAPTER"), rows)
     if page.has_more:
         note(f"there are more; --limit shows up to 100 (now {limit})")
 
@@ -130,7 +159,7 @@ def list_(
 @app.command("show")
 def show(job_id: JobId, json: Json = False, url: Url = None) -> None:
     """Show one job."""
-    job = talk(url, lambda client: client.job(job_id))
+    job = of_job(url, job_id, lambda client, id: client.job(id))
     if json:
         print_json(job.model_dump(mode="json"))
         return
@@ -151,6 +180,7 @@ def show(job_id: JobId, json: Json = False, url: Url = None) -> None:
         "LoRA": f"rank {chosen.lora_rank}, alpha {chosen.lora_alpha:g}, dropout {chosen.lora_dropout:g}"
         + (", rank-stabilised" if chosen.use_rslora else ""),
         "seed": str(job.seed),
+        "priority": str(job.harli.priority),
         "created": when(job.created_at),
         "started": when(job.harli.started_at),
         "finished": when(job.finished_at),
@@ -179,7 +209,7 @@ def events(
             mark = "" if event.level == "info" else f"{event.level}: "
             typer.echo(f"{when(event.created_at)}  {mark}{event.message}")
 
-    talk(url, lambda client: each_event(client, job_id, show_event, follow=follow))
+    of_job(url, job_id, lambda client, id: each_event(client, id, show_event, follow=follow))
 
 
 @app.command("wait")
@@ -192,7 +222,7 @@ def wait_for(job_id: str, json: bool, url: str | None) -> None:
     from harli_appliance.cli.watching import until_ended
     from harli_appliance.errors import JobFailed
 
-    job = talk(url, lambda client: until_ended(client, job_id))
+    job = of_job(url, job_id, until_ended)
     if json:
         print_json(job.model_dump(mode="json"))
     elif job.fine_tuned_model is not None:
@@ -204,9 +234,42 @@ def wait_for(job_id: str, json: bool, url: str | None) -> None:
 
 @app.command("cancel")
 def cancel(job_id: JobId, json: Json = False, url: Url = None) -> None:
-    """Cancel a job that is queued or running."""
-    job = talk(url, lambda client: client.cancel_job(job_id))
+    """Cancel a job that has not ended; what it learned is lost."""
+    _print_state(of_job(url, job_id, lambda client, id: client.cancel_job(id)), json, "cancelled")
+
+
+@app.command("pause")
+def pause(job_id: JobId, json: Json = False, url: Url = None) -> None:
+    """Pause a job; what it learned is kept, also when the appliance is started again."""
+    _print_state(of_job(url, job_id, lambda client, id: client.pause_job(id)), json, "paused")
+
+
+@app.command("resume")
+def resume(job_id: JobId, json: Json = False, url: Url = None) -> None:
+    """Let a paused job go on where it was."""
+    _print_state(of_job(url, job_id, lambda client, id: client.resume_job(id)), json, "queued")
+
+
+@app.command("priority")
+def priority(
+    job_id: JobId,
+    value: Annotated[int, typer.Argument(metavar="PRIORITY", min=1, max=100, help="1 to 100; 10 is usual.")],
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """Change how much device time a job gets beside others, and when a waiting one begins."""
+    job = of_job(url, job_id, lambda client, id: client.set_priority(id, value))
     if json:
         print_json(job.model_dump(mode="json"))
     else:
-        typer.echo(f"{job.id} {job.status}")
+        typer.echo(f"{job.id} {job.status}, priority {job.harli.priority}")
+
+
+def _print_state(job: JobObject, json: bool, wanted: JobStatus) -> None:
+    """A running job does what is asked of it a moment later, which is said."""
+    if json:
+        print_json(job.model_dump(mode="json"))
+        return
+    typer.echo(f"{job.id} {job.status}")
+    if job.status == "running" and wanted != "queued":
+        note(f"it is {wanted} as soon as its work unit ends")

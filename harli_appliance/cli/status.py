@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +12,7 @@ from harli_appliance.cli.connect import Json, Url, connect, talk
 from harli_appliance.cli.output import note, number, print_json, print_table
 
 if TYPE_CHECKING:
-    from harli_appliance.schema import Status
+    from harli_appliance.schema import RunningJobView
 
 NICENESS = 10
 """The dashboard may share cores with what it watches, and must not slow it down."""
@@ -25,7 +26,6 @@ def status(json: Json = False, url: Url = None) -> None:
         return
     serving, training, pool = now.serving, now.training, now.pool
     attainment = number(now.slo.attainment, ".1%")
-    job = f", job {training.job} at step {training.step}/{training.total_steps}" if training.job else ""
     facts = {
         "state": f"{now.state} for {duration(now.uptime_s)}, version {now.version}",
         "model": f"{now.model} on {now.device}",
@@ -36,14 +36,23 @@ def status(json: Json = False, url: Url = None) -> None:
         "requests": f"{serving.running} running, {serving.waiting} waiting, "
         f"{serving.requests} in all, {serving.failed} failed",
         "serving": f"{serving.output_tokens_per_s:.1f} tokens/s",
-        "training": f"{training.tokens_per_s:.1f} tokens/s{job}",
+        "training": f"{training.tokens_per_s:.1f} tokens/s, {jobs(training.running)}",
         "partition": f"inference {now.partition.inference}, training {now.partition.training}",
         "pool": f"{pool.slots} slots: {pool.serving} serving, {pool.cached} cached, "
         f"{pool.leased} leased, {pool.free} free",
     }
+    for job in training.running:
+        facts[f"  {job.job}"] = (
+            f"step {job.step}/{job.total_steps}, loss {number(job.loss)}, "
+            f"{job.device_share:.0%} of the training time"
+        )
     width = max(map(len, facts))
     for name, value in facts.items():
         typer.echo(f"{name:<{width}}  {value}")
+
+
+def jobs(running: Sequence[RunningJobView]) -> str:
+    return f"{len(running)} job{'' if len(running) == 1 else 's'} running" if running else "no job runs"
 
 
 def ms(value: float | None) -> str:
@@ -58,8 +67,10 @@ def duration(seconds: float) -> str:
 
 def ps(json: Json = False, url: Url = None) -> None:
     """Show what is running: requests, models and jobs."""
+    from harli_appliance.schema import ENDED
+
     now = talk(url, lambda client: client.status())
-    active = [job for job in now.jobs if job.status in ("queued", "running")]
+    active = [job for job in now.jobs if job.status not in ENDED]
     if json:
         print_json(
             {
@@ -75,16 +86,18 @@ def ps(json: Json = False, url: Url = None) -> None:
     )
     if active:
         typer.echo()
-        _print_jobs(now)
-
-
-def _print_jobs(now: Status) -> None:
-    rows = [
-        (job.id, job.status, f"{job.step}/{job.total_steps}", number(job.loss))
-        for job in now.jobs
-        if job.status in ("queued", "running")
-    ]
-    print_table(("JOB", "STATUS", "STEP", "LOSS"), rows)
+        rows = [
+            (
+                job.id,
+                job.status,
+                f"{job.step}/{job.total_steps}",
+                number(job.loss),
+                str(job.priority),
+                number(job.device_share, ".0%"),
+            )
+            for job in active
+        ]
+        print_table(("JOB", "STATUS", "STEP", "LOSS", "PRIORITY", "SHARE"), rows)
 
 
 def models(json: Json = False, url: Url = None) -> None:

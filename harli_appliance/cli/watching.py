@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harli_appliance.api.wire import JobEventObject, JobObject
 from harli_appliance.client import HarliClient
 from harli_appliance.errors import ApplianceUnavailable
+from harli_appliance.schema import ENDED
 
-ENDED = frozenset({"succeeded", "failed", "cancelled"})
 POLL_S = 0.5
 SILENCE_S = 60.0
 """How long an appliance that answered before may be gone."""

@@ -50,7 +50,7 @@ from sglang.srt.mem_cache.common import release_kv_cache  # noqa: E402
 from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank  # noqa: E402
 from sglang.srt.server_args import PortArgs, ServerArgs  # noqa: E402
 
-from harli_appliance.runtime import internals, sampler  # noqa: E402, F401  registers the sampling backend
+from harli_appliance.runtime import sampler  # noqa: E402, F401  registers the sampling backend
 from harli_appliance.runtime.sampling import check, logprobs_of, sampling_params  # noqa: E402
 
 GRAMMAR_WAIT_S = 0.0005
@@ -102,7 +102,6 @@ class SglangRuntime:
     """One SGLang scheduler with the model's weights and KV cache."""
 
     def __init__(self, options: RuntimeOptions) -> None:
-        internals.check()
         arguments = ServerArgs(**server_arguments(options))
         arguments.resolve_once()
         _set_envs_and_config(arguments)

@@ -65,8 +65,9 @@ class Database:
             try:
                 db.enable_wal()
                 db.execute(f"PRAGMA synchronous = {synchronous}")
-                db.execute("PRAGMA foreign_keys = ON")
+                # Enforced only afterwards: a migration may drop and rebuild a table that others refer to.
                 migrate(db, migrations, migrations_folder)
+                db.execute("PRAGMA foreign_keys = ON")
             except sqlite3.DatabaseError as error:
                 db.close()
                 raise ConfigError(

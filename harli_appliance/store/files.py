@@ -49,12 +49,10 @@ def delete_file(db: Database, file_id: str) -> None:
 
     Raises:
         NotFound: there is none.
-        Conflict: a job that is queued or running needs it.
+        Conflict: a job that has not ended needs it.
     """
     get_file(db, file_id)
-    job = next(
-        db.table("jobs").rows_where("training_file = ? AND status IN ('queued', 'running')", [file_id]), None
-    )
+    job = next(db.table("jobs").rows_where("training_file = ? AND finished_at IS NULL", [file_id]), None)
     if job is not None:
         raise Conflict(
             f"file '{file_id}' is used by job '{job['id']}', which is {job['status']}; cancel the job first",

@@ -1,7 +1,8 @@
 """Rows of finetuning jobs and their events, and the only legal moves between a job's states.
 
     queued -> running -> succeeded | failed | cancelled
-    queued -> cancelled             running -> queued (the appliance was started again)
+    queued | running -> paused -> queued
+    queued | paused -> cancelled    running -> queued (the appliance was started again)
 
 Functions here run inside `Database.run`, so a move and the event that tells of it are one transaction.
 """
@@ -18,16 +19,19 @@ from sqlite_utils import Database
 
 from harli_appliance.api.ports import Job, JobEvent
 from harli_appliance.errors import Conflict, NotFound
-from harli_appliance.schema import JobStatus
+from harli_appliance.schema import ENDED, JobStatus
 from harli_appliance.store.ids import bindable, new_id
 from harli_appliance.store.pages import page
 
 Level = Literal["info", "warn", "error"]
 EventData = Mapping[str, float | int | str]
+Ask = Literal["pause", "cancel"]
+"""What a person asked of a running job, which the trainer does at its next unit boundary."""
 
 MOVES: Mapping[JobStatus, frozenset[JobStatus]] = {
-    "queued": frozenset({"running", "cancelled"}),
-    "running": frozenset({"queued", "succeeded", "failed", "cancelled"}),
+    "queued": frozenset({"running", "paused", "cancelled"}),
+    "running": frozenset({"queued", "paused", "succeeded", "failed", "cancelled"}),
+    "paused": frozenset({"queued", "cancelled"}),
     "succeeded": frozenset(),
     "failed": frozenset(),
     "cancelled": frozenset(),
@@ -55,6 +59,15 @@ def list_jobs(db: Database, limit: int, after: str | None) -> tuple[list[Job], b
     return [_job(row) for row in rows], more
 
 
+def overview(db: Database, limit: int) -> list[Job]:
+    """What matters now: running jobs, queued ones in their order, paused ones, then what ended last."""
+    order = (
+        "CASE status WHEN 'running' THEN 0 WHEN 'queued' THEN 1 WHEN 'paused' THEN 2 ELSE 3 END, "
+        "finished_at DESC, priority DESC, created_at, seq"
+    )
+    return [_job(row) for row in db.table("jobs").rows_where(order_by=order, limit=limit)]
+
+
 def jobs_in(db: Database, status: JobStatus) -> list[Job]:
     """Jobs of one state, the longest waiting first."""
     return [
@@ -62,8 +75,11 @@ def jobs_in(db: Database, status: JobStatus) -> list[Job]:
     ]
 
 
-def oldest_queued(db: Database) -> Job | None:
-    rows = db.table("jobs").rows_where("status = 'queued'", order_by="created_at, seq", limit=1)
+def next_queued(db: Database) -> Job | None:
+    """The one of the highest priority, among equals the oldest."""
+    rows = db.table("jobs").rows_where(
+        "status = 'queued'", order_by="priority DESC, created_at, seq", limit=1
+    )
     return next((_job(row) for row in rows), None)
 
 
@@ -82,9 +98,21 @@ def move_job(db: Database, job_id: str, status: JobStatus, **changes: object) ->
         changes["started_at"] = now
     if not MOVES[status]:
         changes["finished_at"] = now
-    if status != "cancelled":
-        changes["cancel_requested"] = 0
+    changes["asked"] = None
     _update(db, job_id, status=status, **changes)
+    return get_job(db, job_id)
+
+
+def set_priority(db: Database, job_id: str, priority: int) -> Job:
+    """Change the priority of a job that has not ended.
+
+    Raises:
+        Conflict: it has.
+    """
+    job = get_job(db, job_id)
+    if job.status in ENDED:
+        raise Conflict(f"job '{job_id}' is {job.status}; its priority no longer matters", code="job_state")
+    _update(db, job_id, priority=priority)
     return get_job(db, job_id)
 
 
@@ -101,8 +129,9 @@ def update_running(db: Database, job_id: str, **changes: object) -> Job:
     return get_job(db, job_id)
 
 
-def cancel_requested(db: Database, job_id: str) -> bool:
-    return bool(_row(db, job_id)["cancel_requested"])
+def asked_of(db: Database, job_id: str) -> Ask | None:
+    asked: Ask | None = _row(db, job_id)["asked"]
+    return asked
 
 
 def add_event(

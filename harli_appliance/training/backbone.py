@@ -6,6 +6,8 @@ adapters, units or memory.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from typing import Any
 
 import torch
@@ -44,6 +46,14 @@ class Backbone:
         self._rotary_by_type = not {FULL, SLIDING}.isdisjoint(config.rope_parameters or ())
         self._adds_mask = config._attn_implementation == "eager"
         self._logit_cap = getattr(config, "final_logit_softcapping", None)
+
+    def twin(self) -> Backbone:
+        """The same layers again, on the same weights: what is put on one, like an adapter, the other does not see.
+
+        Copies modules and no tensor: some megabytes for a model of any size.
+        """
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        return Backbone(copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors}))
 
     @property
     def device(self) -> torch.device:

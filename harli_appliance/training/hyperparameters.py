@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import get_args
 
-from harli_appliance.api.ports import Job, JobSpec
+from harli_appliance.api.ports import PRIORITY, Job, JobSpec
 from harli_appliance.errors import UsageError
 from harli_appliance.schema import LearningRateSchedule
 from harli_appliance.store.ids import new_id
@@ -29,6 +29,7 @@ MAX_BATCH_SIZE = 1024
 MAX_LORA_ALPHA = 4096.0
 MAX_LORA_DROPOUT = 0.9
 LARGEST_GRAD_NORM = 1000.0
+MAX_PRIORITY = 100
 MAX_SEED = 2**31 - 1
 
 _SUFFIX = re.compile(r"[a-zA-Z0-9_-]{1,40}")
@@ -72,8 +73,10 @@ def resolve(spec: JobSpec, *, model: str, max_lora_rank: int) -> Job:
         warmup_ratio=spec.warmup_ratio if spec.warmup_ratio is not None else WARMUP_RATIO,
         max_grad_norm=spec.max_grad_norm if spec.max_grad_norm is not None else MAX_GRAD_NORM,
         suffix=spec.suffix,
+        priority=spec.priority if spec.priority is not None else PRIORITY,
         metadata=dict(spec.metadata),
     )
+    check_priority(job.priority)
     _between("seed", job.seed, 0, MAX_SEED)
     _between("n_epochs", job.n_epochs, 1, MAX_EPOCHS)
     _between("batch_size", job.batch_size, 1, MAX_BATCH_SIZE)
@@ -91,6 +94,13 @@ def resolve(spec: JobSpec, *, model: str, max_lora_rank: int) -> Job:
         )
     _check_metadata(job)
     return job
+
+
+def check_priority(priority: int) -> None:
+    """Raises:
+    UsageError: there is no such priority.
+    """
+    _between("priority", priority, 1, MAX_PRIORITY)
 
 
 def adapter_name(job: Job) -> str:

@@ -81,7 +81,7 @@ class JobRun:
         self._options = options
         self._examples = [encode_example(example, encoder) for example in read_examples(data)]
         self.total_steps = job.n_epochs * steps_in_epoch(len(self._examples), job.batch_size)
-        self.step = 0
+        self.step = self._kept_step = 0
         self.trained_tokens = 0
         self.loss: float | None = None
         self.adapter = Adapter(
@@ -126,6 +126,7 @@ class JobRun:
         self._packs = pack(chosen, self._sequence_tokens)
         self._learned = sum(example.learned_tokens for example in chosen)
         self._step_loss = 0.0
+        self._step_tokens = 0
 
     def micro_batches(self) -> int:
         """Packed sequences of the current step."""
@@ -157,7 +158,7 @@ class JobRun:
         """Add a complete micro-batch's gradients to the step's; an incomplete one leaves no trace."""
         self._step_loss += batch.loss
         self.state.add_batch()
-        self.trained_tokens += batch.tokens
+        self._step_tokens += batch.tokens
 
     # -- steps ---------------------------------------------------------------------------------------------
 
@@ -185,6 +186,7 @@ class JobRun:
         self._optimizer.step()
         self.state.begin_step()
         self.loss = self._step_loss
+        self.trained_tokens += self._step_tokens
         self.step += 1
         self._plan_step()
 
@@ -198,9 +200,16 @@ class JobRun:
     def checkpoint_due(self) -> bool:
         return self.step % self._options.checkpoint_every_steps == 0 and self.step < self.total_steps
 
+    @property
+    def has_unkept_steps(self) -> bool:
+        """Whether no checkpoint has the last optimizer step."""
+        return self.step > self._kept_step
+
     def checkpoint(self) -> None:
+        """Keep the job as it was after the last optimizer step, at any time between two of them."""
         progress = checkpoints.Progress(self.step, self.trained_tokens, self.loss)
         checkpoints.save(self._home, progress, self.state.tensors(), self._options.keep_checkpoints)
+        self._kept_step = self.step
 
     def _resume(self) -> None:
         found = checkpoints.load_newest(self._home)
@@ -209,6 +218,7 @@ class JobRun:
         progress, tensors = found
         self.state.load(tensors)
         self.step, self.trained_tokens, self.loss = progress.step, progress.trained_tokens, progress.loss
+        self._kept_step = self.step
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's format, whole or not at all."""

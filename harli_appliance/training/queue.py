@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from sqlite_utils import Database as Connection
 from harli_appliance.api.ports import FineTuning, Job, JobEvent, JobSpec, StoredFile
 from harli_appliance.config import Settings
 from harli_appliance.errors import Conflict, DatasetError, NotFound, UsageError
+from harli_appliance.schema import ENDED, JobStatus
 from harli_appliance.store import adapters as adapter_rows
 from harli_appliance.store import files as file_rows
 from harli_appliance.store import jobs as job_rows
@@ -28,12 +29,14 @@ from harli_appliance.store.database import Database
 from harli_appliance.store.ids import new_id
 from harli_appliance.training.dataset import MIB, CountTokens, check_dataset
 from harli_appliance.training.findings import Report
-from harli_appliance.training.hyperparameters import adapter_name, resolve
+from harli_appliance.training.hyperparameters import adapter_name, check_priority, resolve
 from harli_appliance.training.uploads import UploadFolder
 
 PURPOSE = "fine-tune"
 STEP_EVENTS = 100
 """A job tells of about so many of its steps, however long it is; the row always has the last one."""
+
+_OUTCOMES: Mapping[job_rows.Ask, JobStatus] = {"pause": "paused", "cancel": "cancelled"}
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -64,7 +67,7 @@ class JobQueue(FineTuning):
         self._context_length = context_length
         self._uploads = UploadFolder(settings.files)
         self._queued = asyncio.Event()
-        self._cancelling: set[str] = set()
+        self._asked: dict[str, job_rows.Ask] = {}
         self._unfinished: set[asyncio.Task[Any]] = set()
 
     # -- files ---------------------------------------------------------------------------------------------
@@ -123,7 +126,7 @@ class JobQueue(FineTuning):
         return path
 
     async def delete_file(self, file_id: str) -> None:
-        """Remove a file that no queued or running job needs."""
+        """Remove a file that no job needs any more."""
         await self._to_the_end(self._delete_file(file_id))
 
     async def _delete_file(self, file_id: str) -> None:
@@ -170,31 +173,101 @@ class JobQueue(FineTuning):
         return await self._database.run(lambda db: job_rows.list_events(db, job_id, limit, after))
 
     async def cancel_job(self, job_id: str) -> Job:
-        """Cancel a queued job at once; ask the trainer to cancel a running one (it still shows running).
+        """Cancel a job at once, or ask the trainer to cancel a running one (it still shows running).
 
         Raises:
             Conflict: the job has ended.
         """
-        return await self._to_the_end(self._cancel_job(job_id))
 
-    async def _cancel_job(self, job_id: str) -> Job:
         def cancel(db: Connection) -> Job:
             job = job_rows.get_job(db, job_id)
-            if job.status == "queued":
-                return _cancelled(db, job_id)
+            if job.status in ENDED:
+                raise _state(job, "only a job that has not ended can be cancelled")
             if job.status != "running":
-                raise Conflict(
-                    f"job '{job_id}' is {job.status}; only a queued or running job can be cancelled",
-                    code="job_state",
-                )
-            if not job_rows.cancel_requested(db, job_id):
-                job_rows.update_running(db, job_id, cancel_requested=1)
+                return _move(db, job_id, "cancelled")
+            if job_rows.asked_of(db, job_id) != "cancel":
+                job_rows.update_running(db, job_id, asked="cancel")
                 job_rows.add_event(db, job_id, "info", "Cancellation requested")
             return job
 
-        job = await self._database.run(cancel)
-        if job.status == "running":
-            self._cancelling.add(job_id)
+        return await self._to_the_end(self._ask(job_id, cancel))
+
+    async def pause_job(self, job_id: str) -> Job:
+        """Pause a queued job at once, or ask the trainer to pause a running one (it still shows running).
+
+        A paused job keeps what it has learned, also over a restart, until it is resumed or cancelled.
+
+        Raises:
+            Conflict: the job has ended, or is being cancelled.
+        """
+
+        def pause(db: Connection) -> Job:
+            job = job_rows.get_job(db, job_id)
+            if job.status in ENDED:
+                raise _state(job, "only a job that has not ended can be paused")
+            if job.status == "queued":
+                return _move(db, job_id, "paused")
+            asked = job_rows.asked_of(db, job_id)
+            if asked == "cancel":
+                raise Conflict(f"job '{job_id}' is being cancelled; it cannot be paused", code="job_state")
+            if job.status == "running" and asked is None:
+                job_rows.update_running(db, job_id, asked="pause")
+                job_rows.add_event(db, job_id, "info", "Pause requested")
+            return job
+
+        return await self._to_the_end(self._ask(job_id, pause))
+
+    async def resume_job(self, job_id: str) -> Job:
+        """Queue a paused job again, or let a running one go on that was asked to pause.
+
+        Raises:
+            Conflict: the job is neither.
+        """
+
+        def resume(db: Connection) -> Job:
+            job = job_rows.get_job(db, job_id)
+            if job.status == "running" and job_rows.asked_of(db, job_id) == "pause":
+                job_rows.add_event(db, job_id, "info", "Pause withdrawn")
+                return job_rows.update_running(db, job_id, asked=None)
+            if job.status != "paused":
+                raise _state(job, "only a paused job can be resumed")
+            return _move(db, job_id, "queued")
+
+        job = await self._to_the_end(self._ask(job_id, resume))
+        self._queued.set()
+        return job
+
+    async def set_priority(self, job_id: str, priority: int) -> Job:
+        """Change when a waiting job begins, and how much device time a running one gets beside others.
+
+        Raises:
+            UsageError: there is no such priority.
+            Conflict: the job has ended.
+        """
+        check_priority(priority)
+
+        def change(db: Connection) -> Job:
+            job = job_rows.set_priority(db, job_id, priority)
+            job_rows.add_event(db, job_id, "info", f"Priority set to {priority}")
+            return job
+
+        return await self._to_the_end(self._database.run(change))
+
+    async def overview(self, limit: int) -> list[Job]:
+        """The jobs that matter now: those that have not ended first."""
+        return await self._database.run(lambda db: job_rows.overview(db, limit))
+
+    async def _ask(self, job_id: str, work: Callable[[Connection], Job]) -> Job:
+        """Do `work`, and let the trainer know what is asked of the job from now on."""
+
+        def transaction(db: Connection) -> tuple[Job, job_rows.Ask | None]:
+            return work(db), job_rows.asked_of(db, job_id)
+
+        job, asked = await self._database.run(transaction)
+        if asked is None:
+            self._asked.pop(job_id, None)
+        else:
+            self._asked[job_id] = asked
         return job
 
     # -- for the trainer -----------------------------------------------------------------------------------
@@ -204,8 +277,8 @@ class JobQueue(FineTuning):
 
         def requeue(db: Connection) -> list[str]:
             for job in job_rows.jobs_in(db, "running"):
-                if job_rows.cancel_requested(db, job.id):
-                    _cancelled(db, job.id)
+                if job_rows.asked_of(db, job.id) is not None:
+                    _stopped(db, job.id)
                     continue
                 job_rows.move_job(db, job.id, "queued")
                 message = "The appliance was started again; the job resumes from its last checkpoint"
@@ -220,26 +293,36 @@ class JobQueue(FineTuning):
     async def wait_for_job(self) -> None:
         """Return when a job is queued."""
         while True:
-            self._queued.clear()
-            if await self._database.run(job_rows.oldest_queued) is not None:
-                return
             await self._queued.wait()
+            self._queued.clear()
+            if await self._database.run(job_rows.next_queued) is not None:
+                self._queued.set()
+                return
 
     async def next_job(self) -> Job | None:
-        """The job that waits longest, now running; None when none waits."""
+        """The job that is next (the highest priority, then the oldest), now running; None when none waits.
 
-        def start(db: Connection) -> Job | None:
-            job = job_rows.oldest_queued(db)
-            if job is None:
-                return None
-            job_rows.add_event(db, job.id, "info", "Job started" if job.started_at is None else "Job resumed")
-            return job_rows.move_job(db, job.id, "running")
+        Cheap when none was queued since the last time that there was none.
+        """
+        if not self._queued.is_set():
+            return None
+        self._queued.clear()
+        job = await self._database.run(self._start_next)
+        if job is not None:
+            self._queued.set()  # there may be another
+        return job
 
-        return await self._database.run(start)
+    @staticmethod
+    def _start_next(db: Connection) -> Job | None:
+        job = job_rows.next_queued(db)
+        if job is None:
+            return None
+        job_rows.add_event(db, job.id, "info", "Job started" if job.started_at is None else "Job resumed")
+        return job_rows.move_job(db, job.id, "running")
 
-    def cancel_requested(self, job_id: str) -> bool:
-        """Whether someone asked to cancel this running job; cheap enough to ask before each work unit."""
-        return job_id in self._cancelling
+    def asked(self, job_id: str) -> job_rows.Ask | None:
+        """What someone asked of this running job; cheap enough to look up before each work unit."""
+        return self._asked.get(job_id)
 
     async def progress(
         self, job_id: str, step: int, total_steps: int, trained_tokens: int, loss: float | None
@@ -294,9 +377,14 @@ class JobQueue(FineTuning):
 
         return self._ended(await self._database.run(end))
 
-    async def finish_cancelled(self, job_id: str) -> Job:
-        """End a running job whose cancellation was asked for, once nothing of it runs any more."""
-        return self._ended(await self._database.run(lambda db: _cancelled(db, job_id)))
+    async def stopped(self, job_id: str) -> Job:
+        """Nothing of a running job runs any more, because of what was asked: it is cancelled or paused now.
+
+        When that was withdrawn at the last moment the job is queued again.
+        """
+        job = self._ended(await self._database.run(lambda db: _stopped(db, job_id)))
+        self._queued.set()
+        return job
 
     async def adapters(self) -> list[Adapter]:
         """Every finished adapter, the oldest first."""
@@ -310,7 +398,7 @@ class JobQueue(FineTuning):
     # -- inside --------------------------------------------------------------------------------------------
 
     def _ended(self, job: Job) -> Job:
-        self._cancelling.discard(job.id)
+        self._asked.pop(job.id, None)
         return job
 
     def _relative(self, path: Path) -> Path:
@@ -326,10 +414,19 @@ class JobQueue(FineTuning):
         return await asyncio.shield(task)
 
 
-def _cancelled(db: Connection, job_id: str) -> Job:
-    job = job_rows.move_job(db, job_id, "cancelled")
-    job_rows.add_event(db, job_id, "info", "Job cancelled")
+def _stopped(db: Connection, job_id: str) -> Job:
+    asked = job_rows.asked_of(db, job_id)
+    return _move(db, job_id, "queued" if asked is None else _OUTCOMES[asked])
+
+
+def _move(db: Connection, job_id: str, status: JobStatus) -> Job:
+    job = job_rows.move_job(db, job_id, status)
+    job_rows.add_event(db, job_id, "info", "Job queued again" if status == "queued" else f"Job {status}")
     return job
+
+
+def _state(job: Job, rule: str) -> Conflict:
+    return Conflict(f"job '{job.id}' is {job.status}; {rule}", code="job_state")
 
 
 def _refusal(report: Report) -> str:

@@ -1,8 +1,9 @@
 """The trainer coroutine: takes jobs from the queue and runs their work units when the engine allows it.
 
-Between units it is on the event loop; units run on the lane that the engine last named. It starts a unit only
-within its allowance, and gives up its lease at the next unit boundary when serving takes the slots back. Knows
-jobs, units and leases; does not know partitions, policies or HTTP.
+Several jobs run at once, each with an adapter of its own on the one backbone; they take turns of a micro-batch,
+in the order that `fairness` chooses. Between units it is on the event loop; units run on the lane that the engine
+last named. It starts a unit only within its allowance, and gives up its lease at the next unit boundary when
+serving takes the slots back. Knows jobs, units and leases; does not know partitions, policies or HTTP.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import structlog
 
@@ -22,6 +23,8 @@ from harli_appliance.api.ports import Job
 from harli_appliance.errors import HarliError
 from harli_appliance.memory.pool import Lease, SlotPool
 from harli_appliance.scheduling.types import Outlook
+from harli_appliance.training.active_job import ActiveJob, RunningJob
+from harli_appliance.training.fairness import Order, RecentShares
 from harli_appliance.training.job_run import JobRun
 from harli_appliance.training.residence import Residence, UnitLane
 from harli_appliance.training.units import WorkUnit
@@ -29,7 +32,7 @@ from harli_appliance.training.units import WorkUnit
 log = structlog.get_logger(__name__)
 
 LEASE_RETRY_S = 0.02
-"""How long to wait before asking again for slots that serving may need now."""
+"""How long a job waits before it asks again for slots that serving may need now; others may run meanwhile."""
 
 
 class JobSource(Protocol):
@@ -41,13 +44,13 @@ class JobSource(Protocol):
     async def progress(
         self, job_id: str, step: int, total_steps: int, trained_tokens: int, loss: float | None
     ) -> None: ...
-    def cancel_requested(self, job_id: str) -> bool: ...
-    async def finish_cancelled(self, job_id: str) -> Job: ...
+    def asked(self, job_id: str) -> Literal["pause", "cancel"] | None: ...
+    async def stopped(self, job_id: str) -> Job: ...
     async def fail(self, job_id: str, code: str, message: str) -> Job: ...
 
 
-class Cancelled(Exception):
-    """The job was cancelled by a person; raised at a unit boundary."""
+class Stopped(Exception):
+    """A person asked to pause or cancel the job whose turn it is; raised at a unit boundary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +58,13 @@ class TrainerState:
     """What the dashboard shows. `tokens` counts tokens whose backward pass is done and was not dropped."""
 
     tokens: int
-    job: str | None
-    step: int | None
-    total_steps: int | None
-    loss: float | None
+    running: tuple[RunningJob, ...]
+    """In the order in which they began."""
     dropped_micro_batches: int
 
 
 class Trainer:
-    """Runs one job at a time.
+    """Runs up to `max_running` jobs at a time.
 
     Args:
         start_job: builds the run of a job (adapter, data, optimizer); called on the training lane.
@@ -80,6 +81,8 @@ class Trainer:
         *,
         start_job: Callable[[Job, Path], JobRun],
         finish_job: Callable[[Job, JobRun], Awaitable[None]],
+        order: Order,
+        max_running: int,
         lane: UnitLane,
         memory_lane: UnitLane,
         on_change: Callable[[], None],
@@ -89,6 +92,8 @@ class Trainer:
         self._pool = pool
         self._start_job = start_job
         self._finish_job = finish_job
+        self._order = order
+        self._max_running = max_running
         self._home = lane
         self._lane = lane
         self._memory_lane = memory_lane
@@ -102,7 +107,10 @@ class Trainer:
         self._tokens = 0.0
         self._dropped = 0
         self._units_left = 0
-        self._run: JobRun | None = None
+        self._active: dict[str, ActiveJob] = {}
+        self._current: ActiveJob | None = None
+        self._turn_ms = 0.0
+        self._shares = RecentShares()
 
     # -- what the engine sees --------------------------------------------------------------------------
 
@@ -128,48 +136,53 @@ class Trainer:
         return self._spent
 
     def wake(self) -> None:
-        """Look again at whether the job was cancelled, also while nothing is allowed."""
+        """Look again at what is asked of the jobs, also while nothing is allowed."""
         self._changed.set()
 
+    def reweigh(self, job_id: str, priority: int) -> None:
+        """Let a running job have another share from now on; one that does not run is left alone."""
+        if job_id in self._active:
+            self._order.reweigh(job_id, priority)
+
     def state(self) -> TrainerState:
-        run = self._run
         return TrainerState(
             tokens=round(self._tokens),
-            job=run.job.id if run else None,
-            step=run.step if run else None,
-            total_steps=run.total_steps if run else None,
-            loss=run.loss if run else None,
+            running=tuple(active.shown(self._shares.of(job)) for job, active in self._active.items()),
             dropped_micro_batches=self._dropped,
         )
 
     # -- the coroutine ---------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Train job after job, until cancelled."""
-        while True:
+        """Train jobs, until cancelled."""
+        try:
+            while True:
+                await self._start_waiting_jobs()
+                await self._stop_asked_jobs()
+                if not self._active:
+                    self._set_ready(False)
+                    await self._queue.wait_for_job()
+                    continue
+                chosen = self._order.next(self._unblocked())
+                if chosen is None:
+                    self._set_ready(False)
+                    await asyncio.sleep(LEASE_RETRY_S)
+                    continue
+                await self._take_turn(self._active[chosen])
+        finally:
+            for job_id in list(self._active):
+                await self._leave(job_id)
+
+    async def _start_waiting_jobs(self) -> None:
+        while len(self._active) < self._max_running:
             job = await self._queue.next_job()
             if job is None:
-                await self._queue.wait_for_job()
-                continue
-            try:
-                await self._train(job)
-            except Cancelled:
-                await self._queue.finish_cancelled(job.id)
-            except HarliError as error:
-                await self._queue.fail(job.id, error.code, error.message)
-            except Exception as error:
-                log.exception("finetuning job failed", job=job.id)
-                await self._queue.fail(job.id, "internal_error", f"{type(error).__name__}: {error}")
-            finally:
-                self._set_ready(False)
-                if self._run is not None:
-                    self._run.close()
-                self._run = None
+                return
+            await self._on_its_own(job, self._start(job))
 
-    async def _train(self, job: Job) -> None:
+    async def _start(self, job: Job) -> None:
         path = await self._queue.file_path(job.training_file)
         run = await self._home.run(self._start_job, job, path)
-        self._run = run
         residence = Residence(
             run.state,
             self._pool,
@@ -178,78 +191,171 @@ class Trainer:
             memory_lane=self._memory_lane,
             on_leave=self._changed.set,
         )
+        self._active[job.id] = ActiveJob(job, run, residence)
+        self._order.join(job.id, job.priority)
+
+    async def _stop_asked_jobs(self) -> None:
+        """Pause or cancel what someone asked for, but not the job in the middle of its turn."""
+        for active in list(self._active.values()):
+            if active is not self._current and self._queue.asked(active.job.id) is not None:
+                await self._on_its_own(active.job, self._stop(active.job))
+
+    def _unblocked(self) -> list[str]:
+        return [job_id for job_id, active in self._active.items() if not active.blocked]
+
+    async def _on_its_own(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
+        """What goes wrong with one job ends that job and no other."""
         try:
-            while run.step < run.total_steps:
-                for index in range(run.micro_batches()):
-                    await self._micro_batch(run, residence, index)
-                await self._alone(run, residence, WorkUnit("step", run.optimizer_step))
-                if run.loss is not None:
-                    self._on_step(run.loss)
-                await self._queue.progress(job.id, run.step, run.total_steps, run.trained_tokens, run.loss)
-                if run.checkpoint_due:
-                    await self._alone(run, residence, WorkUnit("step", run.checkpoint))
-        finally:
-            self._set_ready(False)
-            await residence.leave()
-            self._on_change()  # the engine settles what came back, also while nothing is served
-        await self._finish_job(job, run)
-
-    async def _micro_batch(self, run: JobRun, residence: Residence, index: int) -> None:
-        """One micro-batch to its end; dropped and done again as often as serving takes the slots back."""
-        while True:
-            lease = await self._lease(run, residence, run.slots_of(index))
-            before = self._tokens
             try:
-                batch = run.begin(index, lease.indices)
-                while (unit := batch.next_unit(run.window_tokens, layers=1)) is not None:
-                    self._units_left = batch.units_left(run.window_tokens) + run.ends_step(index)
-                    if not await self._permitted(run, residence, lease):
-                        break
-                    await self._execute(residence, unit)
-                else:
-                    run.finish(batch)
-                    return
-            finally:
-                lease.release()
-            self._dropped += 1
-            self._tokens = before
+                await work
+            except Stopped:
+                await self._stop(job)
+        except HarliError as error:
+            await self._leave(job.id)
+            await self._queue.fail(job.id, error.code, error.message)
+        except Exception as error:
+            log.exception("finetuning job failed", job=job.id)
+            await self._leave(job.id)
+            await self._queue.fail(job.id, "internal_error", f"{type(error).__name__}: {error}")
 
-    async def _alone(self, run: JobRun, residence: Residence, unit: WorkUnit) -> None:
-        """A unit that needs no slots but those of the adapter: the optimizer's step, a checkpoint."""
-        while True:
-            await self._settled(run, residence)
+    async def _leave(self, job_id: str) -> None:
+        """Let go of everything that an ended job holds; one that never began holds nothing."""
+        active = self._active.pop(job_id, None)
+        if active is None:
+            return
+        self._order.leave(job_id)
+        self._shares.forget(job_id)
+        try:
+            await active.residence.leave()
+        except Exception:
+            log.exception("the state of an ended job could not be parked", job=job_id)
+        active.run.close()
+        self._on_change()  # the engine settles what came back, also while nothing is served
+
+    async def _stop(self, job: Job) -> None:
+        """Pause or cancel; a pause keeps the optimizer steps made, and the step under way is made again."""
+        active = self._active[job.id]
+        run = active.run
+        if run.has_unkept_steps and self._queue.asked(job.id) != "cancel":
+            async with active.residence.in_use:
+                await self._home.run(run.checkpoint)
+        await self._leave(job.id)
+        if (await self._queue.stopped(job.id)).status == "cancelled":
+            await asyncio.to_thread(run.discard_checkpoints)
+
+    # -- turns -----------------------------------------------------------------------------------------
+
+    async def _take_turn(self, active: ActiveJob) -> None:
+        self._current, self._turn_ms = active, 0.0
+        try:
+            await self._on_its_own(active.job, self._turn(active))
+        finally:
+            self._current = None
+        if active.job.id in self._active:
+            self._order.charge(active.job.id, self._turn_ms)
+
+    async def _turn(self, active: ActiveJob) -> None:
+        """The next micro-batch, and after the last one of a step the optimizer's; perhaps a checkpoint.
+
+        It ends early when there is no room in the pool now, or serving took it back; the next turn goes on there.
+        """
+        run = active.run
+        if active.index < run.micro_batches():
+            if not await self._micro_batch(active):
+                return
+            active.index += 1
+        if run.step < run.total_steps and active.index == run.micro_batches():
+            if not await self._optimizer_step(active):
+                return
+            active.index = 0
+            if run.loss is not None:
+                self._on_step(run.loss)
+            await self._queue.progress(active.job.id, run.step, run.total_steps, run.trained_tokens, run.loss)
+            if run.checkpoint_due:
+                self._units_left = 1
+                await self._permitted(active, lambda: True)
+                await self._execute(active, WorkUnit("step", run.checkpoint))
+        if run.step == run.total_steps:
+            self._set_ready(False)
+            await active.residence.leave()
+            self._on_change()
+            await self._finish_job(active.job, run)
+            await self._leave(active.job.id)
+
+    async def _micro_batch(self, active: ActiveJob) -> bool:
+        """One micro-batch to its end; False when there are no slots for it now, or serving took some back."""
+        run, index = active.run, active.index
+        lease = await self._lease(active, run.slots_of(index))
+        if lease is None:
+            return False
+        held = lambda: active.residence.settled and not lease.revoked  # noqa: E731
+        before, done = self._tokens, False
+        try:
+            batch = run.begin(index, lease.indices)
+            while (unit := batch.next_unit(run.window_tokens, layers=1)) is not None:
+                self._units_left = batch.units_left(run.window_tokens) + run.ends_step(index)
+                if not await self._permitted(active, held):
+                    self._dropped += 1
+                    return False
+                await self._execute(active, unit)
+            run.finish(batch)
+            done = True
+        finally:
+            lease.release()
+            if not done:
+                self._tokens = before
+        return True
+
+    async def _optimizer_step(self, active: ActiveJob) -> bool:
+        """False when there is no room for the adapter's state now."""
+        while await self._settled(active):
             self._units_left = 1
             self._set_ready(True)
-            if await self._permitted(run, residence, None):
-                await self._execute(residence, unit)
-                return
+            if await self._permitted(active, lambda: active.residence.settled):
+                await self._execute(active, WorkUnit("step", active.run.optimizer_step))
+                return True
+        return False
 
-    async def _settled(self, run: JobRun, residence: Residence) -> None:
-        """Wait until the adapter's state lies in the pool."""
-        while not await residence.settle():
-            await self._wait_for_slots(run)
+    # -- memory ----------------------------------------------------------------------------------------
 
-    async def _lease(self, run: JobRun, residence: Residence, slots: int) -> Lease:
-        """Wait for the slots of a micro-batch, and for the adapter's state beside them."""
-        grant = partial(self._pool.grant, slots, self._changed.set, holder=run.job.id)
-        while True:
-            await self._settled(run, residence)
+    async def _settled(self, active: ActiveJob) -> bool:
+        """Whether the adapter's state lies in the pool now; when not, the job waits a moment."""
+        while not await active.residence.settle():
+            if not await self._park_another(active):
+                active.block(LEASE_RETRY_S)
+                return False
+        return True
+
+    async def _lease(self, active: ActiveJob, slots: int) -> Lease | None:
+        """Slots for a micro-batch beside the adapter's state; when there are none, the job waits a moment."""
+        grant = partial(self._pool.grant, slots, self._changed.set, holder=active.job.id)
+        while await self._settled(active):
             lease: Lease | None = await self._memory_lane.run(grant)
             if lease is not None:
                 self._set_ready(True)
                 return lease
-            await self._wait_for_slots(run)
+            if not await self._park_another(active):
+                active.block(LEASE_RETRY_S)
+                break
+        return None
 
-    async def _wait_for_slots(self, run: JobRun) -> None:
-        self._raise_if_cancelled(run)
-        self._set_ready(False)
-        await asyncio.sleep(LEASE_RETRY_S)
+    async def _park_another(self, active: ActiveJob) -> bool:
+        """Move the state of a job that waits for its turn to the host; False when none is in the pool."""
+        for other in self._active.values():
+            if other is not active and other.residence.settled:
+                await other.residence.leave()
+                return True
+        return False
 
-    async def _permitted(self, run: JobRun, residence: Residence, lease: Lease | None) -> bool:
-        """Wait until a unit may start; False when slots must be given up instead."""
+    # -- units -----------------------------------------------------------------------------------------
+
+    async def _permitted(self, active: ActiveJob, held: Callable[[], bool]) -> bool:
+        """Wait until a unit may start; False when what it needs in the pool is no longer `held`."""
         while True:
-            self._raise_if_cancelled(run)
-            if not residence.settled or (lease is not None and lease.revoked):
+            await self._stop_asked_jobs()
+            if self._queue.asked(active.job.id) is not None:
+                raise Stopped
+            if not held():
                 return False
             if self._allowance > 0:
                 return True
@@ -258,19 +364,17 @@ class Trainer:
                 self._spent.set_result(None)
             await self._changed.wait()
 
-    async def _execute(self, residence: Residence, unit: WorkUnit) -> None:
+    async def _execute(self, active: ActiveJob, unit: WorkUnit) -> None:
         self._allowance -= 1
         started = time.perf_counter()
-        async with residence.in_use:
+        async with active.residence.in_use:
             await self._lane.run(unit.run)
         took = 1e3 * (time.perf_counter() - started)
         before = self._unit_ms.get(unit.kind, took)
         self._unit_ms[unit.kind] = before + 0.1 * (took - before)
+        self._turn_ms += took
+        self._shares.add(active.job.id, took)
         self._tokens += unit.credit
-
-    def _raise_if_cancelled(self, run: JobRun) -> None:
-        if self._queue.cancel_requested(run.job.id):
-            raise Cancelled
 
     def _set_ready(self, ready: bool) -> None:
         changed = ready != self._ready

@@ -7,6 +7,8 @@ in `feed`.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 from textual import work
@@ -17,8 +19,9 @@ from textual.widgets import Footer, Input, Static
 
 from harli_appliance.client import HarliClient
 from harli_appliance.errors import ConfigError, HarliError
-from harli_appliance.schema import PolicyChange, Status
+from harli_appliance.schema import JobView, PolicyChange, Status
 from harli_appliance.tui import words
+from harli_appliance.tui.dialogs import CancelScreen, JobScreen, PolicyScreen
 from harli_appliance.tui.feed import Feed, Reading
 from harli_appliance.tui.help import HelpScreen
 from harli_appliance.tui.panels import (
@@ -38,8 +41,10 @@ POLL_S = 0.5
 DRAW_S = 1.0
 """Plots are nearly all of the dashboard's work, and that machine has other things to do."""
 
-POLICIES = ("adaptive", "time_slice", "serve_only", "train_only")
-"""What `p` offers: one of each kind; the API takes every policy."""
+SHOWN_EVENTS = 100
+
+PRIORITIES = (1, 2, 5, 10, 20, 50, 100)
+"""Where + and - go."""
 
 
 class HarliTop(App[None]):
@@ -48,7 +53,7 @@ class HarliTop(App[None]):
     TITLE = "harli top"
     CSS_PATH = "harli.tcss"
     ENABLE_COMMAND_PALETTE = False
-    AUTO_FOCUS = None  # a focused field would swallow the keys
+    AUTO_FOCUS = "#jobs DataTable"  # the arrows choose a job; every other key is ours
     HORIZONTAL_BREAKPOINTS = [  # noqa: RUF012 - Textual declares it so
         (0, "-compact"),
         (100, "-roomy"),
@@ -57,11 +62,10 @@ class HarliTop(App[None]):
     VERTICAL_BREAKPOINTS = [(0, "-low"), (34, "-high")]  # noqa: RUF012
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q", "quit", "Quit"),
-        Binding("p", "next_policy", "Policy"),
+        Binding("p", "policy", "Policy"),
         Binding("t", "next_theme", "Theme"),
         Binding("slash", "filter", "Filter jobs", key_display="/"),
         Binding("question_mark", "help", "Help", key_display="?"),
-        Binding("enter", "apply_policy", "Apply", show=False),
         Binding("escape", "leave", "Back", show=False),
     ]
 
@@ -72,7 +76,6 @@ class HarliTop(App[None]):
         self._reading: Reading | None = None
         self._seen = False
         self._drawn = 0.0
-        self._candidate: str | None = None
         self._themes = load_themes()
         if theme_name is not None and theme_name not in self._themes:
             raise ConfigError(f"no theme '{theme_name}'; there are {', '.join(self._themes)}", param="theme")
@@ -102,7 +105,6 @@ class HarliTop(App[None]):
                 yield JobsPanel(id="jobs", classes="panel")
                 yield ModelsPanel(id="models", classes="panel")
         yield Input(placeholder="show jobs that contain…", id="filter", disabled=True)
-        yield Static(id="question")
         yield Footer()
 
     def on_mount(self) -> None:
@@ -135,8 +137,7 @@ class HarliTop(App[None]):
         self.query_one(LatencyPanel).show(reading, status)
         queue = f"{serving.running} running, {serving.waiting} waiting"
         self.query_one("#serving", RatePanel).show(serving.output_tokens_per_s, queue)
-        loss = "" if training.loss is None else f"loss {training.loss:.3f}"
-        self.query_one("#training", RatePanel).show(training.tokens_per_s, loss)
+        self.query_one("#training", RatePanel).show(training.tokens_per_s, words.running_jobs(training))
         colours = lane_colours(self)
         self.query_one(PartitionPanel).show(words.partition_shares(status, colours), words.mode(status))
         pool = f"{status.pool.slots:,} slots · {status.pool.reclaims} reclaims"
@@ -186,42 +187,57 @@ class HarliTop(App[None]):
         field = self.query_one("#filter", Input)
         field.remove_class("open")
         field.disabled = True
-        self.set_focus(None)
+        self.query_one("#jobs DataTable").focus()
 
     def action_leave(self) -> None:
-        """Esc: forget the question, then the filter."""
-        if self._candidate is not None:
-            self._ask(None)
-            return
+        """Esc: forget the filter."""
         self.query_one("#filter", Input).value = ""
         self._close_filter()
 
-    def action_next_policy(self) -> None:
-        """Offer the next policy; nothing changes before Enter."""
-        if self._reading is None or self._reading.status is None:
-            return
-        now = self._reading.status.policy
-        start = self._candidate or now
-        following = (
-            POLICIES[(POLICIES.index(start) + 1) % len(POLICIES)] if start in POLICIES else POLICIES[0]
-        )
-        self._ask(None if following == now else following)
+    # -- what is asked of the appliance ----------------------------------------------------------
 
-    def _ask(self, candidate: str | None) -> None:
-        self._candidate = candidate
-        question = self.query_one("#question", Static)
-        question.set_class(candidate is not None, "open")
-        if candidate is not None:
-            question.update(f"Change the policy to {candidate}?  Enter yes · p next · Esc no")
-
-    async def action_apply_policy(self) -> None:
-        candidate, self._candidate = self._candidate, None
-        self._ask(None)
-        if candidate is None:
+    @work
+    async def action_policy(self) -> None:
+        """Offer what this appliance can use."""
+        status = self._reading.status if self._reading is not None else None
+        if status is None:
             return
+        chosen = await self.push_screen_wait(PolicyScreen(status.policies, status.policy))
+        if chosen is not None and chosen != status.policy:
+            change = PolicyChange.model_validate({"policy": chosen})
+            await self._do(self._client.change_policy(change), f"The policy is now {chosen}.")
+
+    @work
+    async def on_jobs_panel_asked(self, event: JobsPanel.Asked) -> None:
+        job, client = event.job, self._client
+        if event.what == "show":
+            with self._errors_told():
+                events = await client.events(job.id, limit=SHOWN_EVENTS)
+                self.push_screen(JobScreen(job, events.data))
+        elif event.what == "cancel":
+            if await self.push_screen_wait(CancelScreen(job)):
+                await self._do(client.cancel_job(job.id), f"{job.id} is cancelled.")
+        elif event.what == "pause" and job.status == "paused":
+            await self._do(client.resume_job(job.id), f"{job.id} goes on.")
+        elif event.what == "pause":
+            await self._do(client.pause_job(job.id), f"{job.id} pauses.")
+        else:
+            await self._change_priority(job, up=event.what == "raise")
+
+    async def _change_priority(self, job: JobView, *, up: bool) -> None:
+        steps = [p for p in PRIORITIES if (p > job.priority if up else p < job.priority)]
+        if steps:
+            priority = steps[0] if up else steps[-1]
+            await self._do(self._client.set_priority(job.id, priority), f"{job.id} has priority {priority}.")
+
+    async def _do(self, call: Awaitable[object], done: str) -> None:
+        with self._errors_told():
+            await call
+            self.notify(done)
+
+    @contextmanager
+    def _errors_told(self) -> Iterator[None]:
         try:
-            await self._client.change_policy(PolicyChange.model_validate({"policy": candidate}))
+            yield
         except HarliError as error:
             self.notify(error.message, severity="error")
-        else:
-            self.notify(f"The policy is now {candidate}.")

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 from rich.text import Text
 from textual.app import App, ComposeResult, RenderResult
+from textual.binding import Binding, BindingType
 from textual.containers import Vertical
+from textual.coordinate import Coordinate
+from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import DataTable, Digits, Static
 
-from harli_appliance.schema import JobView, Status
+from harli_appliance.schema import ENDED, JobView, Status
 from harli_appliance.tui import words
 from harli_appliance.tui.bars import Share, bar, legend
 from harli_appliance.tui.feed import Reading
+
+JobWish = Literal["pause", "cancel", "raise", "lower", "show"]
+"""What a key asks for a job; `pause` resumes one that is paused."""
 
 
 def lane_colours(app: App[None]) -> dict[str, str]:
@@ -98,42 +106,97 @@ class PoolPanel(SharesPanel):
 
 
 class JobsPanel(Vertical):
-    """Jobs with progress and loss; shows those that contain the filter."""
+    """Jobs with progress and loss; shows those that contain the filter. Keys act on the job under the cursor."""
 
     BORDER_TITLE = "Jobs"
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("space", "ask('pause')", "Pause/resume"),
+        Binding("x", "ask('cancel')", "Cancel"),
+        Binding("plus", "ask('raise')", "Priority", key_display="+/-"),
+        Binding("minus", "ask('lower')", "Lower priority", show=False),
+        Binding("j", "move(1)", "Down", show=False),
+        Binding("k", "move(-1)", "Up", show=False),
+    ]
+    COLUMNS = ("job", "status", "progress", "loss", "priority", "time", "adapter")
     wanted = ""
 
+    class Asked(Message):
+        """A person wants something of a job."""
+
+        def __init__(self, job: JobView, what: JobWish) -> None:
+            super().__init__()
+            self.job = job
+            self.what = what
+
+    def __init__(self, *, id: str, classes: str) -> None:
+        super().__init__(id=id, classes=classes)
+        self._shown: list[JobView] = []
+
     def compose(self) -> ComposeResult:
-        table: DataTable[Text] = DataTable(cursor_type="row", show_cursor=False, zebra_stripes=True)
+        table: DataTable[Text] = DataTable(cursor_type="row", zebra_stripes=True)
         yield table
 
     def on_mount(self) -> None:
-        self.query_one(DataTable).add_columns("job", "status", "progress", "loss", "adapter")
+        self.query_one(DataTable).add_columns(*self.COLUMNS)
 
     def show(self, jobs: list[JobView]) -> None:
-        shown = [job for job in jobs if self.wanted in f"{job.id} {job.status} {job.fine_tuned_model or ''}"]
+        wanted = self.wanted
+        shown = [job for job in jobs if wanted in f"{job.id} {job.status} {job.fine_tuned_model or ''}"]
         table: DataTable[Text] = self.query_one(DataTable)
+        if [job.id for job in shown] == [job.id for job in self._shown]:
+            for row, job in enumerate(shown):
+                for column, cell in enumerate(self._cells(job)):
+                    table.update_cell_at(Coordinate(row, column), cell, update_width=True)
+        else:
+            self._fill(table, shown)
+        self._shown = shown
+        self.border_subtitle = f"{len(shown)} of {len(jobs)} · /{wanted}" if wanted else ""
+
+    def _fill(self, table: DataTable[Text], jobs: list[JobView]) -> None:
+        """Other rows; the cursor stays on its job, which may be in another place now."""
+        before = self.selected
         scroll = table.scroll_y
         table.clear()
-        for job in shown:
+        for job in jobs:
             table.add_row(*self._cells(job), key=job.id)
         table.scroll_to(y=scroll, animate=False)
-        count = f"{len(shown)} of {len(jobs)} · /{self.wanted}" if self.wanted else ""
-        self.border_subtitle = count
+        if before is not None and before.id in table.rows:
+            table.move_cursor(row=table.get_row_index(before.id))
+
+    @property
+    def selected(self) -> JobView | None:
+        """The job under the cursor."""
+        row = self.query_one(DataTable).cursor_row
+        return self._shown[row] if row < len(self._shown) else None
+
+    def action_move(self, rows: int) -> None:
+        table = self.query_one(DataTable)
+        table.move_cursor(row=table.cursor_row + rows)
+
+    def action_ask(self, what: JobWish) -> None:
+        if self.selected is not None:
+            self.post_message(self.Asked(self.selected, what))
+
+    def on_data_table_row_selected(self) -> None:
+        self.action_ask("show")
 
     def _cells(self, job: JobView) -> tuple[Text, ...]:
         variables = self.app.theme_variables
         colours = {
             "running": variables["harli-training"],
+            "paused": variables["warning"],
             "succeeded": variables["success"],
             "failed": variables["error"],
         }
         what = job.error or job.fine_tuned_model or ""
+        share = "" if job.device_share is None else f"{job.device_share:.0%}"
         return (
             Text(job.id),
             Text(job.status, style=colours.get(job.status, "dim")),
             Text(words.progress(job), style=colours.get(job.status, "dim")),
             Text("" if job.loss is None else f"{job.loss:.3f}", justify="right"),
+            Text("" if job.status in ENDED else str(job.priority), justify="right"),
+            Text(share, justify="right"),
             Text(what, style=variables["error"] if job.error else ""),
         )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Literal
 
-from harli_appliance.schema import JobView, PoolView, Status
+from harli_appliance.schema import JobView, PoolView, Status, TrainingView
 from harli_appliance.tui.bars import Share
 
 Verdict = Literal["success", "warning", "error"]
@@ -20,6 +21,15 @@ MODES = {
     "time_slice": "taking turns",
     "partition": "both at once",
     "training": "training only",
+}
+
+POLICIES = {
+    "adaptive": "trains beside answers while every deadline keeps a reserve",
+    "harli": "trains beside a step whose predicted time keeps the target",
+    "naive": "always trains beside answers; nothing is predicted",
+    "time_slice": "trains between steps, as much as the deadlines leave",
+    "serve_only": "never trains beside answers",
+    "train_only": "answers wait while there is something to train",
 }
 
 BAR_CELLS = 10
@@ -59,6 +69,27 @@ def duration(seconds: float) -> str:
 
 def mode(status: Status) -> str:
     return f"{MODES[status.mode]} · {status.reason}"
+
+
+def policy(name: str) -> str:
+    """What a policy does; nothing for one that only the appliance knows."""
+    kind, _, number = name.partition(":")
+    if kind == "time_slice" and number:
+        return f"trains one micro-batch after every {number} steps, whatever the deadlines"
+    return POLICIES.get(name, "")
+
+
+def clock(seconds: float) -> str:
+    """A moment in the time of this machine, to the second."""
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%H:%M:%S")
+
+
+def running_jobs(training: TrainingView) -> str:
+    """The loss of the only running job, or how many there are."""
+    if len(training.running) == 1:
+        loss = training.running[0].loss
+        return "" if loss is None else f"loss {loss:.3f}"
+    return f"{len(training.running)} jobs take turns" if training.running else ""
 
 
 def progress(job: JobView) -> str:

@@ -1,0 +1,59 @@
+"""The command line's `serve`: what its flags become."""
+
+from __future__ import annotations
+
+import pytest
+
+from harli_appliance.cli import serve as serve_command
+from harli_appliance.cli.main import run
+from tests.cli_rig import (  # noqa: F401  fixtures
+    Out,
+    apart,
+    out,
+)
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What `harli serve` would have become."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr("os.execv", lambda path, arguments: calls.append(arguments))
+    return calls
+
+
+def test_serve_hands_its_flags_over(executed: list[list[str]]) -> None:
+    flags = ["--port", "0", "--slo-tpot", "0.2s", "--policy", "time_slice", "--set", "memory.pool_slots=512"]
+    assert run(["serve", *flags]) == 0
+    (arguments,) = executed
+    assert arguments[1:3] == ["-m", "harli_appliance.serve"]
+    pairs = set(zip(arguments[3::2], arguments[4::2], strict=True))
+    assert pairs == {
+        ("--set", "memory.pool_slots=512"),
+        ("--set", "server.port=0"),
+        ("--set", "slo.tpot_ms=200.0"),
+        ("--set", "scheduling.policy=time_slice"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--port", "99999"], "server.port"),
+        (["--policy", "best"], "no such policy; choose one of adaptive, harli, naive, time_slice"),
+        (["--config", "none.toml"], "no such file"),
+        (["--set", "memory.pool_slot=5"], "did you mean 'memory.pool_slots'"),
+        (["--slo-tpot", "fast"], "no duration"),
+        (["--set", "memory"], "sets nothing"),
+    ],
+)
+def test_serve_refuses_wrong_settings_before_anything_starts(
+    executed: list[list[str]], out: Out, flags: list[str], word: str
+) -> None:
+    assert run(["serve", *flags]) == 2
+    assert word in " ".join(out()[1].split())
+    assert executed == []
+
+
+@pytest.mark.parametrize(("text", "ms"), [("200ms", 200), ("200", 200), ("0.2s", 200), (" 1.5 s", 1500)])
+def test_durations(text: str, ms: float) -> None:
+    assert serve_command.parse_ms(text) == ms

@@ -1,0 +1,156 @@
+"""The job queue after a restart and after being killed."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+from harli_appliance.config import Settings
+from harli_appliance.store.database import Database
+from harli_appliance.training.queue import JobQueue
+from tests.queue_rig import (  # noqa: F401  fixtures
+    GOOD,
+    database,
+    kept,
+    messages,
+    queue,
+    settings,
+    spec,
+    upload,
+)
+
+
+async def test_a_restart_queues_what_ran_and_does_what_was_asked_of_it(queue, database, settings, spec):
+    first, second, third, fourth = [await queue.create_job(spec) for _ in range(4)]
+    fifth = await queue.create_job(spec)
+    await queue.pause_job(fifth.id)
+    await queue.next_job()
+    await queue.progress(first.id, 10, 60, 640, 1.0)
+    await queue.next_job()
+    await queue.cancel_job(second.id)
+    await queue.next_job()
+    await queue.pause_job(third.id)
+
+    again = JobQueue(database, settings, model="tiny")
+    await again.recover()
+    await again.wait_for_job()
+    assert [(await again.job(job.id)).status for job in (first, second, third, fourth, fifth)] == [
+        "queued",
+        "cancelled",
+        "paused",
+        "queued",
+        "paused",
+    ]
+    resumed = await again.next_job()
+    assert (resumed.id, resumed.step) == (first.id, 10)
+    assert (await messages(again, first.id))[-2:] == [
+        "The appliance was started again; the job resumes from its last checkpoint",
+        "Job resumed",
+    ]
+    await again.progress(first.id, 5, 60, 320, 1.0)
+    assert (await again.job(first.id)).step == 5
+    assert (await again.next_job()).id == fourth.id
+
+
+async def test_a_restart_sweeps_what_has_no_row_and_nothing_else(queue, database, settings, spec):
+    (settings.files / "file-orphan.jsonl").write_bytes(GOOD)
+    (settings.files / ".file-half.incoming").write_bytes(GOOD)
+    await JobQueue(database, settings, model="tiny").recover()
+    assert kept(settings) == [f"{spec.training_file}.jsonl"]
+
+
+WRITER = """
+import asyncio, json, sys
+from pathlib import Path
+from harli_appliance.api.ports import JobSpec
+from harli_appliance.config import load_settings
+from harli_appliance.store.database import Database
+from harli_appliance.training.queue import JobQueue
+
+def tell(*words):
+    print(json.dumps(words), flush=True)
+
+async def main(home):
+    settings = load_settings(home=home)
+    queue = JobQueue(await Database.open(settings.database), settings, model="tiny")
+    await queue.recover()
+    while True:
+        upload = home / "upload"
+        upload.write_bytes(sys.argv[2].encode())
+        file = await queue.create_file(upload, "a.jsonl", "fine-tune")
+        tell("file", file.id)
+        job = await queue.create_job(JobSpec(model="tiny", training_file=file.id))
+        tell("job", job.id, "queued", 0)
+        running = await queue.next_job()
+        for step in (1, 2, 3):
+            await queue.progress(running.id, step, 3, step, 1.0)
+            tell("job", running.id, "running", step)
+        await queue.succeed(running.id, home / "adapters" / running.id, 8)
+        tell("job", running.id, "succeeded", 3)
+
+asyncio.run(main(Path(sys.argv[1])))
+"""
+
+
+def run_and_kill(settings: Settings, cwd: Path, after_lines: int) -> list[list]:
+    """What a writer told until it was killed, which is in the middle of whatever it did then."""
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(settings.home), GOOD.decode()],
+        stdout=subprocess.PIPE,
+        cwd=cwd,
+        text=True,
+    ) as writer:
+        assert writer.stdout is not None
+        lines = [writer.stdout.readline() for _ in range(after_lines)]
+        writer.send_signal(signal.SIGKILL)
+        lines += writer.stdout.readlines()
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+async def test_nothing_told_is_lost_and_nothing_is_half_there_after_kills(settings, tmp_path):
+    """Kill -9 in the middle of writes, several times on the same directory."""
+    settings.home.mkdir()
+    pick = random.Random(7)
+    told: dict[str, tuple[str, int]] = {}
+    stored: set[str] = set()
+    order = ["queued", "running", "succeeded"]
+    for _ in range(4):
+        for kind, *words in run_and_kill(settings, tmp_path, pick.randint(15, 40)):
+            if kind == "file":
+                stored.add(words[0])
+            else:
+                told[words[0]] = (words[1], words[2])
+
+    with sqlite3.connect(settings.database) as raw:
+        assert raw.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert raw.execute("PRAGMA foreign_key_check").fetchall() == []
+    raw.close()
+    database = await Database.open(settings.database)
+    queue = JobQueue(database, settings, model="tiny")
+    await queue.recover()
+    found = {job.id: job for job in (await queue.jobs(limit=100_000))[0]}
+    assert len(told) > 10
+    for job_id, (status, step) in told.items():
+        job = found[job_id]
+        # A later write may have been kept without being told of, and a restart sends running jobs back.
+        reached = "running" if job.status == "queued" and job.started_at else job.status
+        assert order.index(reached) >= order.index(status)
+        assert job.step >= min(step, 1)  # a resumed job repeats its steps
+        assert job.step == 3 or job.status != "succeeded"
+    adapters = {adapter.job_id for adapter in await queue.adapters()}
+    assert adapters == {job.id for job in found.values() if job.status == "succeeded"}
+    for job in found.values():
+        story = await messages(queue, job.id)
+        assert story[0] == f"Created fine-tuning job: {job.id}"
+        assert ("The job has successfully completed" in story) == (job.status == "succeeded")
+    files = {file.id for file in await queue.files()}
+    assert stored <= files
+    assert kept(settings) == sorted(f"{file_id}.jsonl" for file_id in files)
+    for file_id in files:
+        assert (await queue.file_path(file_id)).read_bytes() == GOOD
+    await database.close()
