@@ -81,6 +81,8 @@ class RunningJobView(Wire):
     loss: float | None = None
     device_share: float
     """Of the device time that training had lately, in [0, 1]."""
+    remaining_s: float | None = None
+    """To its end, at the pace since it began or was resumed; None before it made a step."""
 
 
 class TrainingView(Wire):
@@ -130,6 +132,9 @@ class JobView(Wire):
     priority: int = 10
     device_share: float | None = None
     """Of a running job: its share of the device time that training had lately."""
+    remaining_s: float | None = None
+    """Of a running job: to its end, at the pace since it began or was resumed."""
+    suffix: str | None = None
     created_at: int
     error: str | None = None
 

@@ -65,6 +65,7 @@ def engine_views(engine: Engine, scheduler: Scheduler, trainer: Trainer) -> Engi
                     total_steps=job.total_steps,
                     loss=job.loss,
                     device_share=job.share,
+                    remaining_s=job.remaining_s,
                 )
                 for job in training.running
             ],
@@ -80,7 +81,9 @@ def engine_views(engine: Engine, scheduler: Scheduler, trainer: Trainer) -> Engi
 
 
 def job_views(jobs: Sequence[Job], trainer: Trainer) -> list[JobView]:
-    shares = {job.id: job.share for job in trainer.state().running}
+    running = {job.id: job for job in trainer.state().running}
+    shares = {name: job.share for name, job in running.items()}
+    left = {name: job.remaining_s for name, job in running.items()}
     return [
         JobView(
             id=job.id,
@@ -92,6 +95,8 @@ def job_views(jobs: Sequence[Job], trainer: Trainer) -> list[JobView]:
             loss=job.loss,
             priority=job.priority,
             device_share=shares.get(job.id),
+            remaining_s=left.get(job.id),
+            suffix=job.suffix,
             created_at=job.created_at,
             error=job.error_message,
         )

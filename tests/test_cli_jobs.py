@@ -111,7 +111,7 @@ def test_a_job_is_named_by_a_part_of_its_id_its_adapter_or_as_the_last(
     for told, meant in (
         ("last", "ftjob-2"),
         ("7b", "ftjob-7b30"),
-        ("b30", "ftjob-7b30"),
+        ("ftjob-…b30", "ftjob-7b30"),
         ("ft:x", "ftjob-7b30"),
     ):
         assert run(["jobs", "show", told]) == 0

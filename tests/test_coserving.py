@@ -113,6 +113,9 @@ class FakeQueue:
     async def file_path(self, file_id: str) -> Path:
         return self.data
 
+    async def begun(self, job_id: str, step: int, total_steps: int) -> None:
+        assert 0 <= step < total_steps
+
     async def progress(self, job_id: str, step: int, total: int, tokens: int, loss: float | None) -> None:
         self.told[job_id].append(loss)
 

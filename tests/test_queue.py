@@ -171,6 +171,8 @@ async def test_asking_for_a_job_looks_into_the_database_only_when_one_may_be_the
 async def test_a_job_that_succeeds_tells_its_story_and_leaves_an_adapter(queue, settings, spec):
     job = await queue.create_job(replace(spec, suffix="pirate"))
     await queue.next_job()
+    await queue.begun(job.id, 0, 2)
+    assert (await queue.job(job.id)).total_steps == 2
     await queue.progress(job.id, 1, 2, 64, 2.5)
     assert (await queue.job(job.id)).loss == 2.5
     await queue.progress(job.id, 2, 2, 128, 1.23456)

@@ -82,8 +82,8 @@ async def test_it_shows_what_the_appliance_says(port: FakeAppliance) -> None:
             "ftjob-run",
             "31/100",
             "ft:smollm2:harbour",
-            "Filter jobs",
-            "Pause/resume",
+            "/ Filter",
+            "space Pause",
         )
         # The parts of a screen are drawn one after the other.
         missing = lambda: [piece for piece in pieces if piece not in shown(app)]  # noqa: E731

@@ -26,6 +26,7 @@ async def find_job(client: HarliClient, told: str) -> str:
 
     if told.startswith("ftjob-") and len(told) == FULL:
         return told
+    part = told.removeprefix("ftjob-").lstrip("…")  # as the dashboard shortens ids
     found: list[str] = []
     after = None
     while True:
@@ -33,8 +34,8 @@ async def find_job(client: HarliClient, told: str) -> str:
         for job in page.data:
             if told in (LAST, job.id, job.fine_tuned_model):
                 return job.id
-            if told and (job.id.removeprefix("ftjob-").startswith(told.removeprefix("ftjob-"))
-                         or job.id.endswith(told)):  # fmt: skip
+            number = job.id.removeprefix("ftjob-")
+            if part and (number.startswith(part) or number.endswith(part)):
                 found.append(job.id)
         if not page.has_more or not page.data:
             break

@@ -44,7 +44,7 @@ def status(json: Json = False, url: Url = None) -> None:
     for job in training.running:
         facts[f"  {job.job}"] = (
             f"step {job.step}/{job.total_steps}, loss {number(job.loss)}, "
-            f"{job.device_share:.0%} of the training time"
+            f"{job.device_share:.0%} of the training time, {left(job.remaining_s)}"
         )
     width = max(map(len, facts))
     for name, value in facts.items():
@@ -53,6 +53,10 @@ def status(json: Json = False, url: Url = None) -> None:
 
 def jobs(running: Sequence[RunningJobView]) -> str:
     return f"{len(running)} job{'' if len(running) == 1 else 's'} running" if running else "no job runs"
+
+
+def left(seconds: float | None) -> str:
+    return "end not known yet" if seconds is None else f"about {duration(seconds)} left"
 
 
 def ms(value: float | None) -> str:
@@ -94,10 +98,11 @@ def ps(json: Json = False, url: Url = None) -> None:
                 number(job.loss),
                 str(job.priority),
                 number(job.device_share, ".0%"),
+                "-" if job.remaining_s is None else duration(job.remaining_s),
             )
             for job in active
         ]
-        print_table(("JOB", "STATUS", "STEP", "LOSS", "PRIORITY", "SHARE"), rows)
+        print_table(("JOB", "STATUS", "STEP", "LOSS", "PRIORITY", "SHARE", "LEFT"), rows)
 
 
 def models(json: Json = False, url: Url = None) -> None:

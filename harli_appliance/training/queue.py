@@ -324,6 +324,12 @@ class JobQueue(FineTuning):
         """What someone asked of this running job; cheap enough to look up before each work unit."""
         return self._asked.get(job_id)
 
+    async def begun(self, job_id: str, step: int, total_steps: int) -> None:
+        """Keep how many steps a job that begins or resumes has made and will make."""
+        await self._database.run(
+            lambda db: job_rows.update_running(db, job_id, step=step, total_steps=total_steps)
+        )
+
     async def progress(
         self, job_id: str, step: int, total_steps: int, trained_tokens: int, loss: float | None
     ) -> None:

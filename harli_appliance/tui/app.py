@@ -64,7 +64,7 @@ class HarliTop(App[None]):
         Binding("q", "quit", "Quit"),
         Binding("p", "policy", "Policy"),
         Binding("t", "next_theme", "Theme"),
-        Binding("slash", "filter", "Filter jobs", key_display="/"),
+        Binding("slash", "filter", "Filter", key_display="/"),
         Binding("question_mark", "help", "Help", key_display="?"),
         Binding("escape", "leave", "Back", show=False),
     ]

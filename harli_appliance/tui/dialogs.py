@@ -38,9 +38,12 @@ class PolicyScreen(ModalScreen[str | None]):
             yield OptionList(*(self._option(name, width) for name in self._policies))
 
     def _option(self, name: str, width: int) -> Option:
-        text = Text("● " if name == self._now else "  ", style=self.app.theme_variables["success"])
-        text.append(f"{name:<{width}}  ", style="bold")
-        return Option(text.append(words.policy(name), style="dim"), id=name)
+        text = Text.assemble(
+            ("● " if name == self._now else "  ", self.app.theme_variables["success"]),
+            (f"{name:<{width}}  ", "bold"),
+            words.policy(name),
+        )
+        return Option(text, id=name)
 
     def on_mount(self) -> None:
         options = self.query_one(OptionList)

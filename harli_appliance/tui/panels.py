@@ -110,14 +110,14 @@ class JobsPanel(Vertical):
 
     BORDER_TITLE = "Jobs"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("space", "ask('pause')", "Pause/resume"),
+        Binding("space", "ask('pause')", "Pause"),
         Binding("x", "ask('cancel')", "Cancel"),
         Binding("plus", "ask('raise')", "Priority", key_display="+/-"),
         Binding("minus", "ask('lower')", "Lower priority", show=False),
         Binding("j", "move(1)", "Down", show=False),
         Binding("k", "move(-1)", "Up", show=False),
     ]
-    COLUMNS = ("job", "status", "progress", "loss", "priority", "time", "adapter")
+    COLUMNS = ("job", "status", "progress", "left", "loss", "prio", "time", "adapter")
     wanted = ""
 
     class Asked(Message):
@@ -133,7 +133,9 @@ class JobsPanel(Vertical):
         self._shown: list[JobView] = []
 
     def compose(self) -> ComposeResult:
-        table: DataTable[Text] = DataTable(cursor_type="row", zebra_stripes=True)
+        table: DataTable[Text] = DataTable(
+            cursor_type="row", cursor_foreground_priority="renderable", zebra_stripes=True
+        )
         yield table
 
     def on_mount(self) -> None:
@@ -141,7 +143,11 @@ class JobsPanel(Vertical):
 
     def show(self, jobs: list[JobView]) -> None:
         wanted = self.wanted
-        shown = [job for job in jobs if wanted in f"{job.id} {job.status} {job.fine_tuned_model or ''}"]
+        shown = [
+            job
+            for job in jobs
+            if wanted in f"{job.id} {job.status} {job.fine_tuned_model or job.suffix or ''}"
+        ]
         table: DataTable[Text] = self.query_one(DataTable)
         if [job.id for job in shown] == [job.id for job in self._shown]:
             for row, job in enumerate(shown):
@@ -188,16 +194,22 @@ class JobsPanel(Vertical):
             "succeeded": variables["success"],
             "failed": variables["error"],
         }
-        what = job.error or job.fine_tuned_model or ""
+        what = Text(job.fine_tuned_model or "")
+        if job.error:
+            what = Text(job.error, style=variables["error"])
+        elif job.suffix and job.status not in ENDED:
+            what = Text(job.suffix, style="dim")
+        left = "" if job.remaining_s is None else words.duration(job.remaining_s)
         share = "" if job.device_share is None else f"{job.device_share:.0%}"
         return (
-            Text(job.id),
+            Text(words.job_name(job.id)),
             Text(job.status, style=colours.get(job.status, "dim")),
             Text(words.progress(job), style=colours.get(job.status, "dim")),
+            Text(left, justify="right"),
             Text("" if job.loss is None else f"{job.loss:.3f}", justify="right"),
             Text("" if job.status in ENDED else str(job.priority), justify="right"),
             Text(share, justify="right"),
-            Text(what, style=variables["error"] if job.error else ""),
+            what,
         )
 
 

@@ -103,8 +103,12 @@ def _shared_out(name: str, shares: list[Share], width: int) -> list[Text]:
 
 
 def _jobs(status: Status) -> Table:
-    table = Table("JOB", "STATUS", "PROGRESS", "LOSS", "ADAPTER", box=None, pad_edge=False)
+    table = Table(
+        "JOB", "STATUS", "PROGRESS", "LEFT", "LOSS", "PRIORITY", "ADAPTER", box=None, pad_edge=False
+    )
     for job in status.jobs:
         loss = "" if job.loss is None else f"{job.loss:.3f}"
-        table.add_row(job.id, job.status, words.progress(job), loss, job.fine_tuned_model or "")
+        left = "" if job.remaining_s is None else words.duration(job.remaining_s)
+        adapter = job.fine_tuned_model or job.suffix or ""
+        table.add_row(job.id, job.status, words.progress(job), left, loss, str(job.priority), adapter)
     return table

@@ -34,6 +34,9 @@ POLICIES = {
 
 BAR_CELLS = 10
 
+NAME_CELLS = 8
+"""As many as the name of a job's adapter ends in."""
+
 
 def verdict(value: float | None, target: float) -> Verdict | None:
     """Whether a latency keeps its promise; None when there is none."""
@@ -90,6 +93,12 @@ def running_jobs(training: TrainingView) -> str:
         loss = training.running[0].loss
         return "" if loss is None else f"loss {loss:.3f}"
     return f"{len(training.running)} jobs take turns" if training.running else ""
+
+
+def job_name(job_id: str) -> str:
+    """Enough of an id to know it again, and for the command line to find it."""
+    kind, _, number = job_id.partition("-")
+    return job_id if len(number) <= NAME_CELLS else f"{kind}-…{number[-NAME_CELLS:]}"
 
 
 def progress(job: JobView) -> str:
