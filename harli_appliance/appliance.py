@@ -43,6 +43,7 @@ from harli_appliance.models.architectures import (
 from harli_appliance.models.catalog import config_of, resolve_model
 from harli_appliance.models.size import BFLOAT16, FLOAT32, refuse_too_large
 from harli_appliance.runtime.architectures import refuse_unservable
+from harli_appliance.runtime.protocol import Runtime
 from harli_appliance.runtime.text import TextCodec
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.scheduler import Scheduler
@@ -281,6 +282,17 @@ class Appliance:
         await self._usage.close()
         await self._database.close()
         self._lock.release()
+
+    # -- for benchmarks, which watch and disturb what is inside -------------------------------------------
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self._scheduler
+
+    @property
+    def runtime(self) -> Runtime:
+        """There once it started; to be touched on the inference lane only."""
+        return self._runtime
 
     # -- finetuning, for the trainer ---------------------------------------------------------------------
 

@@ -12,9 +12,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import harli_appliance
 from harli_appliance.errors import ApplianceUnavailable
@@ -22,6 +23,9 @@ from harli_appliance.errors import ApplianceUnavailable
 SERVE: Sequence[str] = (sys.executable, "-m", "harli_appliance.serve")
 _STOP_GRACE_S = 20.0
 _TAIL_LINES = 15
+_DEATH_NOTICE_S = 10.0
+
+Result = TypeVar("Result")
 
 
 class ApplianceChild:
@@ -77,6 +81,15 @@ class ApplianceChild:
                 await self._process.wait()
 
 
+def child_environment(home: Path) -> dict[str, str]:
+    """Of a process that keeps its data in `home` and runs this very package."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HARLI_")}
+    # Also where the package is not installed but found by working directory.
+    package = str(Path(harli_appliance.__file__).parents[1])
+    paths = [package, *filter(None, [environment.get("PYTHONPATH")])]
+    return environment | {"HARLI_HOME": str(home), "PYTHONPATH": os.pathsep.join(paths)}
+
+
 @asynccontextmanager
 async def start_appliance(
     home: Path,
@@ -99,11 +112,6 @@ async def start_appliance(
         ApplianceUnavailable: it ended, or did not get ready in time; with the end of its log as notes.
     """
     flags = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HARLI_")}
-    # The child must run this very package, also where it is not installed but found by working directory.
-    package = str(Path(harli_appliance.__file__).parents[1])
-    paths = [package, *filter(None, [environment.get("PYTHONPATH")])]
-    environment |= {"HARLI_HOME": str(home), "PYTHONPATH": os.pathsep.join(paths)}
     with log.open("wb") as errors:
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -111,7 +119,7 @@ async def start_appliance(
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
-            env=environment,
+            env=child_environment(home),
             cwd=home,
             start_new_session=True,  # Ctrl-C is for us; we stop the child in order
         )
@@ -128,3 +136,20 @@ async def start_appliance(
         await asyncio.shield(child._stop())
         if drain is not None:
             await drain
+
+
+async def unless_it_dies(child: ApplianceChild, work: Coroutine[None, None, Result]) -> Result:
+    """The result of `work`, or the child's end as soon as it ends."""
+    running, death = asyncio.create_task(work), asyncio.create_task(child.died())
+    try:
+        await asyncio.wait({running, death}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done() and isinstance(running.exception(), ApplianceUnavailable):
+            # A broken connection is often noticed before the end of the process: prefer the cause.
+            await asyncio.wait({death}, timeout=_DEATH_NOTICE_S)
+        if death.done():
+            raise death.result()
+        return running.result()
+    finally:
+        running.cancel()
+        death.cancel()
+        await asyncio.gather(running, death, return_exceptions=True)

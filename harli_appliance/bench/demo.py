@@ -12,7 +12,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import FrameType
@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from harli_appliance.bench.child import SERVE, ApplianceChild, start_appliance
+from harli_appliance.bench.child import SERVE, start_appliance, unless_it_dies
 from harli_appliance.bench.demo_report import build_page, build_report, print_summary
 from harli_appliance.bench.demo_run import DemoPlan, DemoRun, Measurements
 from harli_appliance.bench.machine import describe_machine
@@ -28,11 +28,10 @@ from harli_appliance.bench.progress import Narrator
 from harli_appliance.bench.report import write_report
 from harli_appliance.client import HarliClient
 from harli_appliance.config import Settings, load_settings
-from harli_appliance.errors import ApplianceUnavailable, ConfigError, HarliError
+from harli_appliance.errors import ConfigError, HarliError
 from harli_appliance.models.catalog import resolve_model
 
 INTERRUPTED = 130
-_DEATH_NOTICE_S = 10.0
 _PLAIN_WIDTH = 120
 
 
@@ -59,7 +58,7 @@ def run(
         error's own. Everything that is not the result goes to stderr.
     """
     errors = Console(stderr=True)
-    previous = signal.signal(signal.SIGTERM, _as_interrupt)
+    previous = signal.signal(signal.SIGTERM, as_interrupt)
     try:
         report = _run(out.absolute(), plan or DemoPlan(), settings or load_settings(), command, errors)
     except KeyboardInterrupt:
@@ -84,7 +83,7 @@ def run(
     return 1 if missed else 0
 
 
-def _as_interrupt(number: int, frame: FrameType | None) -> None:
+def as_interrupt(number: int, frame: FrameType | None) -> None:
     """A polite kill is handled as Ctrl-C is, so that the appliance is stopped too."""
     signal.raise_signal(signal.SIGINT)
 
@@ -143,21 +142,4 @@ async def _measure(
             client = await stack.enter_async_context(HarliClient(child.url))
             await client.wait_ready(plan.ready_timeout_s)
             step.update(note=child.url)
-        return await _unless_it_dies(child, DemoRun(client, model.name, plan, narrator).measure())
-
-
-async def _unless_it_dies(child: ApplianceChild, work: Coroutine[None, None, Measurements]) -> Measurements:
-    """The result of `work`, or the child's end as soon as it ends."""
-    running, death = asyncio.create_task(work), asyncio.create_task(child.died())
-    try:
-        await asyncio.wait({running, death}, return_when=asyncio.FIRST_COMPLETED)
-        if running.done() and isinstance(running.exception(), ApplianceUnavailable):
-            # A broken connection is often noticed before the end of the process: prefer the cause.
-            await asyncio.wait({death}, timeout=_DEATH_NOTICE_S)
-        if death.done():
-            raise death.result()
-        return running.result()
-    finally:
-        running.cancel()
-        death.cancel()
-        await asyncio.gather(running, death, return_exceptions=True)
+        return await unless_it_dies(child, DemoRun(client, model.name, plan, narrator).measure())

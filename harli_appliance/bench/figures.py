@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # matplotlib wants colours; the page wants variables. Each name is drawn in a marker colour that is replaced
 # by the variable of that name.
-_MARKERS: Final = {
+MARKERS: Final = {
     "ink": "#010101",
     "faint": "#020202",
     "shade": "#030303",
@@ -56,7 +56,7 @@ class Phase:
 
 def tpot_over_time(records: Sequence[Record], slo_tpot_ms: float, phases: Sequence[Phase]) -> str:
     """One dot for each answer, where it ended, against the promise."""
-    with _picture("tpot", "time per output token, ms", phases) as (axes, origin, svg):
+    with picture("tpot", "time per output token, ms", phases) as (axes, origin, svg):
         answered = [record for record in records if record.tpot_s is not None]
         for met, colour, label in (
             (True, "blue", "an answer"),
@@ -69,8 +69,8 @@ def tpot_over_time(records: Sequence[Record], slo_tpot_ms: float, phases: Sequen
             ]
             if points:
                 x, y = zip(*points, strict=True)
-                axes.scatter(x, y, s=26, color=_MARKERS[colour], linewidths=0, label=label)
-        axes.axhline(slo_tpot_ms, color=_MARKERS["orange"], linewidth=2, label=f"SLO {slo_tpot_ms:.0f} ms")
+                axes.scatter(x, y, s=26, color=MARKERS[colour], linewidths=0, label=label)
+        axes.axhline(slo_tpot_ms, color=MARKERS["orange"], linewidth=2, label=f"SLO {slo_tpot_ms:.0f} ms")
         axes.set_ylim(bottom=0)
         axes.set_ylim(top=max(axes.get_ylim()[1], slo_tpot_ms * 1.1))
     return svg.text
@@ -78,17 +78,17 @@ def tpot_over_time(records: Sequence[Record], slo_tpot_ms: float, phases: Sequen
 
 def rates_over_time(samples: Sequence[Sample], alone_tokens_per_s: float, phases: Sequence[Phase]) -> str:
     """Training and serving side by side, against training alone."""
-    with _picture("rates", f"tokens/s, mean of {RATE_WINDOW_S:.0f} s", phases) as (axes, origin, svg):
+    with picture("rates", f"tokens/s, mean of {RATE_WINDOW_S:.0f} s", phases) as (axes, origin, svg):
         times = np.array([sample.t - origin for sample in samples])
         for counts, colour, label, dashes in (
             ([sample.training_tokens for sample in samples], "green", "training", "-"),
             ([sample.output_tokens for sample in samples], "blue", "serving", (0, (5, 1.5))),
         ):
             x, y = moving_rate(times, np.array(counts, dtype=float), RATE_WINDOW_S)
-            axes.plot(x, y, color=_MARKERS[colour], linewidth=1.8, linestyle=dashes, label=label)
+            axes.plot(x, y, color=MARKERS[colour], linewidth=1.8, linestyle=dashes, label=label)
         axes.axhline(
             alone_tokens_per_s,
-            color=_MARKERS["orange"],
+            color=MARKERS["orange"],
             linewidth=2,
             label=f"training alone, {alone_tokens_per_s:.0f} tokens/s",
         )
@@ -99,11 +99,11 @@ def rates_over_time(samples: Sequence[Sample], alone_tokens_per_s: float, phases
 
 def loss_per_step(losses: Sequence[float]) -> str:
     """The loss of each optimizer step."""
-    with _picture("loss", "loss", ()) as (axes, _, svg):
+    with picture("loss", "loss", ()) as (axes, _, svg):
         axes.plot(
             range(1, len(losses) + 1),
             losses,
-            color=_MARKERS["green"],
+            color=MARKERS["green"],
             linewidth=1.6,
             marker="o",
             markersize=4,
@@ -118,7 +118,7 @@ def loss_per_step(losses: Sequence[float]) -> str:
 
 def memory_split(samples: Sequence[Sample], phases: Sequence[Phase]) -> str:
     """Who owns the slots of the pool, stacked up to all of them."""
-    with _picture("memory", "slots of the pool", phases) as (axes, origin, svg):
+    with picture("memory", "slots of the pool", phases) as (axes, origin, svg):
         axes.stackplot(
             [sample.t - origin for sample in samples],
             [sample.pool.serving for sample in samples],
@@ -126,7 +126,7 @@ def memory_split(samples: Sequence[Sample], phases: Sequence[Phase]) -> str:
             [sample.pool.leased for sample in samples],
             [sample.pool.free for sample in samples],
             labels=["serving", "cached prefixes", "leased to training", "free"],
-            colors=[_MARKERS[name] for name in ("blue", "grey", "green", "faint")],
+            colors=[MARKERS[name] for name in ("blue", "grey", "green", "faint")],
             linewidth=0,
         )
         axes.yaxis.set_major_formatter("{x:,.0f}")
@@ -155,34 +155,10 @@ class _Svg:
 
 
 @contextmanager
-def _picture(name: str, label: str, phases: Sequence[Phase]) -> Iterator[tuple[Axes, float, _Svg]]:
+def picture(name: str, label: str, phases: Sequence[Phase]) -> Iterator[tuple[Axes, float, _Svg]]:
     """Axes to draw into and the time that is 0 on them; the SVG is there after the block."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style: Any = {
-        "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and copied
-        "svg.hashsalt": "harli",  # the same picture has the same ids each time
-        "font.size": 11,
-        "text.color": _MARKERS["ink"],
-        "axes.labelcolor": _MARKERS["ink"],
-        "axes.edgecolor": _MARKERS["faint"],
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "grid.color": _MARKERS["faint"],
-        "grid.linewidth": 0.8,
-        "xtick.color": _MARKERS["faint"],
-        "ytick.color": _MARKERS["faint"],
-        "xtick.labelcolor": _MARKERS["ink"],
-        "ytick.labelcolor": _MARKERS["ink"],
-    }
     svg = _Svg()
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(9.6, 3.5), layout="constrained")
-        figure.patch.set_alpha(0)
+    with drawing((9.6, 3.5)) as figure:
         axes = figure.add_subplot()
         axes.patch.set_alpha(0)
         origin = phases[0].start if phases else 0.0
@@ -193,7 +169,38 @@ def _picture(name: str, label: str, phases: Sequence[Phase]) -> Iterator[tuple[A
             axes.set_xlabel("seconds")
         if len(axes.get_legend_handles_labels()[0]) > 1:
             figure.legend(loc="outside upper left", ncols=5, frameon=False, handlelength=1.6)
-        svg.text = _themed(figure, name)
+        svg.text = themed(figure, name)
+
+
+@contextmanager
+def drawing(inches: tuple[float, float]) -> Iterator[Figure]:
+    """A figure in the style of all pictures; `themed` turns it into SVG, inside the block."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and copied
+        "svg.hashsalt": "harli",  # the same picture has the same ids each time
+        "font.size": 11,
+        "text.color": MARKERS["ink"],
+        "axes.labelcolor": MARKERS["ink"],
+        "axes.edgecolor": MARKERS["faint"],
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "grid.color": MARKERS["faint"],
+        "grid.linewidth": 0.8,
+        "xtick.color": MARKERS["faint"],
+        "ytick.color": MARKERS["faint"],
+        "xtick.labelcolor": MARKERS["ink"],
+        "ytick.labelcolor": MARKERS["ink"],
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=inches, layout="constrained")
+        figure.patch.set_alpha(0)
+        yield figure
 
 
 def _shade(axes: Axes, phases: Sequence[Phase], origin: float) -> None:
@@ -202,7 +209,7 @@ def _shade(axes: Axes, phases: Sequence[Phase], origin: float) -> None:
     for number, phase in enumerate(phases):
         start, end = phase.start - origin, phase.end - origin
         if number % 2:
-            axes.axvspan(start, end, color=_MARKERS["shade"], linewidth=0, zorder=0)
+            axes.axvspan(start, end, color=MARKERS["shade"], linewidth=0, zorder=0)
         axes.annotate(
             phase.name,
             ((start + end) / 2, 1.01),
@@ -213,14 +220,15 @@ def _shade(axes: Axes, phases: Sequence[Phase], origin: float) -> None:
         )
 
 
-def _themed(figure: Figure, name: str) -> str:
+def themed(figure: Figure, name: str) -> str:
+    """The figure as SVG; `name` keeps its ids apart from those of other pictures on the page."""
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
     )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    for variable, marker in _MARKERS.items():
+    for variable, marker in MARKERS.items():
         svg = svg.replace(marker, f"var(--{variable})")
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg)  # as wide as the page gives it

@@ -83,3 +83,24 @@ class Narrator:
         step = Step(self, title)
         yield step
         step.end()
+
+
+class Steps:
+    """Turns what is told, here or by another process, into steps: a new title ends the step before."""
+
+    def __init__(self, narrator: Narrator) -> None:
+        self._narrator = narrator
+        self._title = ""
+        self._step: Step | None = None
+
+    def tell(self, title: str, share: float | None, note: str) -> None:
+        if title != self._title:
+            self.end()
+            self._title, self._step = title, Step(self._narrator, title)
+        if self._step is not None:
+            self._step.update(share, note)
+
+    def end(self) -> None:
+        if self._step is not None:
+            self._step.end()
+            self._step = None

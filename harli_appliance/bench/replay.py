@@ -14,8 +14,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from harli_appliance.bench.system import Chat
 from harli_appliance.bench.workload import PlannedRequest
-from harli_appliance.client import HarliClient, StreamedText, StreamEnd
+from harli_appliance.client import StreamedText, StreamEnd
 from harli_appliance.errors import HarliError
 
 PERCENTILE_METHOD: Final = "linear"
@@ -54,13 +55,14 @@ class Record:
 
 
 async def replay(
-    client: HarliClient,
+    client: Chat,
     model: str,
     requests: Iterable[PlannedRequest],
     *,
     stop: asyncio.Event | None = None,
     on_record: Callable[[Record], None] = lambda _: None,
     timeout_s: float = 120.0,
+    answered_by_s: float | None = None,
 ) -> list[Record]:
     """Send every request at its time and wait for all answers.
 
@@ -71,6 +73,7 @@ async def replay(
         stop: once set, no more are sent; those under way are finished.
         on_record: called as each one ends.
         timeout_s: a request that takes longer has failed.
+        answered_by_s: so many seconds after the start, what is not answered has failed.
 
     Returns:
         One record for each request sent, in the order in which they were sent.
@@ -81,7 +84,8 @@ async def replay(
         for request in requests:
             if not await _wait_until(start + request.at_s, stop):
                 break
-            task = group.create_task(ask(client, model, request, timeout_s=timeout_s))
+            left = timeout_s if answered_by_s is None else start + answered_by_s - time.perf_counter()
+            task = group.create_task(ask(client, model, request, timeout_s=min(timeout_s, left)))
             task.add_done_callback(lambda done: None if done.cancelled() else on_record(done.result()))
             tasks.append(task)
     return [task.result() for task in tasks]
@@ -100,9 +104,7 @@ async def _wait_until(moment: float, stop: asyncio.Event | None) -> bool:
     return False
 
 
-async def ask(
-    client: HarliClient, model: str, request: PlannedRequest, *, timeout_s: float = 120.0
-) -> Record:
+async def ask(client: Chat, model: str, request: PlannedRequest, *, timeout_s: float = 120.0) -> Record:
     """One streamed, greedy answer of the planned length. What goes wrong is told in the record."""
     sent_at, start = time.time(), time.perf_counter()
     pieces: list[StreamedText] = []

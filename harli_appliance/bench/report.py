@@ -45,6 +45,23 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Words:
+    """A heading and what is to be said under it."""
+
+    title: str
+    paragraphs: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table with columns. A row's mark is "met", "missed" or nothing, and colours its first cell."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[str]]]
+
+
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """A question and what each of several models said, with a word for each."""
 
@@ -62,6 +79,8 @@ class Page:
     pictures: Sequence[Picture]
     conversations: Sequence[Conversation]
     footer: str
+    parts: Sequence[Words | Grid | Picture] = ()
+    """Between pictures and numbers, in this order."""
 
     @property
     def verdict(self) -> str:
@@ -102,6 +121,7 @@ def render(page: Page) -> str:
         parts.append("<h2>Before and after</h2>")
         parts += [_conversation(conversation) for conversation in page.conversations]
     parts += [_picture(picture) for picture in page.pictures]
+    parts += [_part(part) for part in page.parts]
     parts.append('<h2>Numbers</h2><div class="tables">')
     parts += [_table(table) for table in page.tables]
     parts.append(f"</div><footer>{_text(page.footer)}</footer>")
@@ -134,6 +154,25 @@ def _picture(picture: Picture) -> str:
     return (
         f'<figure role="group" aria-label="{label}"><h2>{_text(picture.title)}</h2>'
         f"{picture.svg}{caption}</figure>"
+    )
+
+
+def _part(part: Words | Grid | Picture) -> str:
+    if isinstance(part, Picture):
+        return _picture(part)
+    if isinstance(part, Words):
+        said = "".join(f"<p>{_text(paragraph)}</p>" for paragraph in part.paragraphs)
+        return f'<section class="words"><h2>{_text(part.title)}</h2>{said}</section>'
+    head = "".join(f"<th>{_text(name)}</th>" for name in part.head)
+    rows = "".join(
+        f'<tr class="{_text(mark)}"><th scope="row">{_text(cells[0])}</th>'
+        + "".join(f"<td>{_text(cell)}</td>" for cell in cells[1:])
+        + "</tr>"
+        for mark, cells in part.rows
+    )
+    return (
+        f'<section class="grid"><h3>{_text(part.title)}</h3><div class="wide">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
     )
 
 
@@ -187,6 +226,9 @@ thead th { color: var(--quiet); font-size: .88rem; }
 .talk .question { font-weight: 600; margin: 0 0 .6rem; }
 .talk dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; margin: 0; }
 .talk dt { color: var(--quiet); font-size: .88rem; } .talk dd { margin: 0; white-space: pre-wrap; }
+.words p { margin: 0 0 .7rem; max-width: 46rem; } .grid { margin: 1.4rem 0; } .wide { overflow-x: auto; }
+.grid tbody th { white-space: nowrap; } .grid td, .grid th { font-size: .93rem; overflow-wrap: normal; }
+.grid .met th { color: var(--green); font-weight: 600; } .grid .missed th { color: var(--red); }
 figure { margin: 0; } figure svg { display: block; width: 100%; height: auto; }
 figcaption { font-size: .92rem; margin-top: .3rem; }
 footer { margin-top: 3rem; font-size: .88rem; }

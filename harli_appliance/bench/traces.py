@@ -138,6 +138,15 @@ class Trace:
         )
         return self.with_rate_factor(per_s / self.rate_per_s, seed)
 
+    def with_count(self, count: int, seed: int) -> Trace:
+        """Exactly `count` requests, drawn as `with_rate_factor` does; with the same seed, and as long as no copies
+        are needed, fewer requests are always a part of more."""
+        _require(count >= 1, "a trace needs at least one request")
+        full = self.with_rate_factor(math.ceil(count / len(self)), seed) if count > len(self) else self
+        order = np.random.default_rng(seed).permutation(len(full.requests))
+        kept = sorted(order[:count].tolist())
+        return replace(self, requests=tuple(full.requests[index] for index in kept))
+
     def with_lengths(
         self,
         *,

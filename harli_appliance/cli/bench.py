@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,101 @@ import typer
 from harli_appliance.cli.connect import Json
 
 app = typer.Typer(no_args_is_help=True, help="Measure what the appliance costs and brings on this machine.")
+
+
+TraceFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Azure 2023 or 2024 (CSV), BurstGPT (CSV) or Mooncake (JSON lines); a synthetic bursty one when not "
+        "given.",
+    ),
+]
+ModelName = Annotated[str, typer.Option(help="A folder, or a name that 'harli models' lists.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows of the trace out.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+DEMO_MODEL = "smollm2-135m-instruct"
+REPORTS = Path("bench-report")
+
+
+@app.command("run")
+def run(
+    policies: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Policies to compare; all but train_only when not given."),
+    ] = None,
+    trace: TraceFile = None,
+    slo_tpot: Annotated[
+        str,
+        typer.Option(
+            metavar="SLO,SLO",
+            help="Promised time per output token: a time (40ms) or a multiple of serving alone at light load "
+            "(1.5x).",
+        ),
+    ] = "1.5x",
+    slo_ttft: Annotated[str, typer.Option(metavar="TIME", help="Promised time to the first token.")] = "5s",
+    loads: Annotated[
+        str,
+        typer.Option(metavar="L,L", help="Loads, as shares of what serving alone can take under the SLO."),
+    ] = "0.3,0.6,0.9",
+    repetitions: Annotated[
+        int, typer.Option(min=1, help="Runs of each policy, each on another part of the trace.")
+    ] = 3,
+    seconds: Annotated[
+        float, typer.Option(min=2.0, help="How long requests arrive and count in a run.")
+    ] = 36.0,
+    model: ModelName = DEMO_MODEL,
+    replay: Annotated[
+        str,
+        typer.Option(
+            metavar="engine|http", help="Ask the engine in its process, or over HTTP as clients do."
+        ),
+    ] = "engine",
+    skip_bad: SkipBad = False,
+    prompt_scale: Annotated[float, typer.Option(help="Factor on prompt lengths.")] = 0.04,
+    output_scale: Annotated[float, typer.Option(help="Factor on answer lengths.")] = 0.25,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longer prompts are cut to this.")] = 128,
+    max_output_tokens: Annotated[int, typer.Option(min=2, help="Longer answers are cut to this.")] = 64,
+    variation: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="Burstiness of the synthetic trace: how much its rate varies; 0 is Poisson."
+        ),
+    ] = 1.0,
+    sequence_tokens: Annotated[
+        int, typer.Option(min=16, help="Tokens of one micro-batch of the finetuning job.")
+    ] = 128,
+    seed: Seed = 7,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where results are written.")] = REPORTS,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the comparison in --out.")] = False,
+    json: Json = False,
+) -> None:
+    """Compare policies on this machine: finetuning speed and kept promises, on the same requests."""
+    from harli_appliance.bench import compare_plan as asked
+    from harli_appliance.bench.compare import run as compare
+    from harli_appliance.scheduling.names import POLICY_NAMES
+
+    default = ",".join(name for name in POLICY_NAMES if name != "train_only")
+    plan = asked.ComparePlan(
+        policies=asked.parse_policies(policies or default),
+        slos=asked.parse_slos(slo_tpot),
+        model=model,
+        trace=trace.absolute() if trace else None,
+        skip_bad=skip_bad,
+        replay=asked.parse_replay(replay),
+        ttft_ms=asked.parse_milliseconds("slo-ttft", slo_ttft),
+        loads=asked.parse_loads(loads),
+        repetitions=repetitions,
+        seconds=seconds,
+        prompt_scale=prompt_scale,
+        output_scale=output_scale,
+        max_prompt_tokens=max_prompt_tokens,
+        max_output_tokens=max_output_tokens,
+        variation=variation,
+        sequence_tokens=sequence_tokens,
+        seed=seed,
+    )
+    raise typer.Exit(compare(plan, out, resume=resume, json_output=json, typed=_typed()))
 
 
 @app.command("runtime")
@@ -36,3 +133,70 @@ def decide(
     from harli_appliance.bench.decide import run
 
     raise typer.Exit(run(out, json))
+
+
+@app.command("predictor")
+def predictor(
+    trace: TraceFile = None,
+    model: ModelName = DEMO_MODEL,
+    seconds: Annotated[
+        float, typer.Option(min=2.0, help="How long requests arrive, for each of six parts.")
+    ] = 30.0,
+    skip_bad: SkipBad = False,
+    seed: Seed = 7,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where predictor.json is written.")] = REPORTS,
+    json: Json = False,
+) -> None:
+    """How wrong the latency predictor is on a part of a trace that it has not seen."""
+    from harli_appliance.bench.compare_plan import ComparePlan, parse_slos
+    from harli_appliance.bench.predictor_bench import run
+
+    plan = ComparePlan(
+        policies=("serve_only",),
+        slos=parse_slos("1.5x"),
+        model=model,
+        trace=trace.absolute() if trace else None,
+        skip_bad=skip_bad,
+        repetitions=2,
+        seconds=seconds,
+        seed=seed,
+    )
+    raise typer.Exit(run(plan, out, json_output=json, typed=_typed()))
+
+
+@app.command("adapt")
+def adapt(
+    trace: TraceFile = None,
+    model: ModelName = DEMO_MODEL,
+    slo_tpot: Annotated[
+        str, typer.Option(metavar="SLO", help="Promised time per output token, as for 'harli bench run'.")
+    ] = "3x",
+    seconds: Annotated[
+        float,
+        typer.Option(min=4.0, help="How long requests arrive; everything is slower in the second half."),
+    ] = 60.0,
+    skip_bad: SkipBad = False,
+    seed: Seed = 7,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where adapt.json is written.")] = REPORTS,
+    json: Json = False,
+) -> None:
+    """How long a promise is broken when all steps suddenly take twice as long."""
+    from harli_appliance.bench.adapt import run
+    from harli_appliance.bench.compare_plan import ComparePlan, parse_slos
+
+    plan = ComparePlan(
+        policies=("adaptive",),
+        slos=parse_slos(slo_tpot)[:1],
+        model=model,
+        trace=trace.absolute() if trace else None,
+        skip_bad=skip_bad,
+        repetitions=2,
+        seconds=seconds,
+        seed=seed,
+    )
+    raise typer.Exit(run(plan, out, json_output=json, typed=_typed()))
+
+
+def _typed() -> str:
+    """The command, to be typed again."""
+    return shlex.join(["harli", *(part for part in sys.argv[1:] if part != "--resume")])

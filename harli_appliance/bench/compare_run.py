@@ -1,0 +1,223 @@
+"""A comparison of policies, measured: what serving and training do alone, then run after run.
+
+Knows the order of the measurements. How one is taken is in `session`, what they amount to in `comparison`; who
+starts the system is in `compare`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from harli_appliance.bench.compare_ladder import Promise, capacity, climb
+from harli_appliance.bench.compare_plan import ComparePlan, Run, stretch
+from harli_appliance.bench.compare_store import Basis, CompareStore, Moment, Request, RunFile, Rung
+from harli_appliance.bench.comparison import RunResult, SloTarget
+from harli_appliance.bench.exact_prompts import Prompts
+from harli_appliance.bench.replay import Record, Slo, percentiles
+from harli_appliance.bench.session import FREE_SLO_MS, Replayed, Session, Tell, p99_tpot_ms
+from harli_appliance.bench.system import System
+from harli_appliance.bench.traces import Trace
+from harli_appliance.bench.verdict import REFERENCE
+from harli_appliance.bench.workload import PlannedRequest
+from harli_appliance.errors import UsageError
+from harli_appliance.schema import Sample
+
+FIRST_RUNG: Final = 2.0
+"""The first rate that is tried, in answers per second of serving one by one: a batch serves more than that."""
+WARM_UP: Final = "naive"
+"""Runs beside every step, so that the predictor learns what co-running costs before any policy asks."""
+WARM_UP_S: Final = 20.0
+
+
+class CompareRun:
+    """All runs of a plan on one ready system.
+
+    Args:
+        model: the name to ask for.
+        prompts: made for that model.
+        store: gets every run as soon as it is done; runs that it has already are not made again.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        model: str,
+        plan: ComparePlan,
+        trace: Trace,
+        prompts: Prompts,
+        store: CompareStore,
+        tell: Tell,
+    ) -> None:
+        self._session = Session(
+            system,
+            model,
+            prompts,
+            sequence_tokens=plan.sequence_tokens,
+            ttft_ms=plan.ttft_ms,
+            seed=plan.seed,
+        )
+        self._plan = plan
+        self._trace = trace
+        self._store = store
+        self._tell = tell
+
+    async def measure(self) -> None:
+        """
+        Raises:
+            UsageError: serving alone cannot keep a promise on this machine; said before the first run.
+            HarliError: whatever the system refuses.
+        """
+        await self._session.open()
+        basis = self._store.basis()
+        if basis is None:
+            basis = await self._measure_basis()
+            self._store.keep_basis(basis)
+        else:
+            await self._session.use("train_only")
+            await self._session.training.start()
+        targets = {target.label: target for target in basis.targets}
+        await self._warm_up(max(target.capacity_per_s for target in basis.targets))
+        runs = list(self._plan.runs())
+        for number, run in enumerate(runs):
+            if not self._store.has(run):
+                self._tell("Runs", number / len(runs), run.title)
+                self._store.keep(run, await self._run(run, targets[run.slo]))
+        self._tell("Runs", 1.0, f"{len(runs)} done")
+
+    # -- what everything is relative to ------------------------------------------------------------------
+
+    async def _measure_basis(self) -> Basis:
+        plan = self._plan
+        await self._session.use(REFERENCE)
+        light = await self._session.one_by_one(self._trace, plan.light_requests, self._tell)
+        alone_ms = p99_tpot_ms(light)
+        promises = self._promises(alone_ms)
+        first = FIRST_RUNG * len(light) / sum(record.ended_at - record.sent_at for record in light)
+        rungs = await climb(promises, first, plan.most_rungs, lambda rate: self._rung(rate, promises))
+        targets = []
+        for promise in promises:
+            found = capacity(promise, rungs)
+            if found is None:
+                raise UsageError(
+                    f"serving alone cannot keep {promise.label} ({promise.tpot_ms:.0f} ms per token, first token "
+                    f"within {plan.ttft_ms:.0f} ms) on this machine at {rungs[0].rate_per_s:.2f} requests/s or "
+                    "more; ask for a looser one with --slo-tpot or --slo-ttft",
+                    param="slo_tpot",
+                )
+            targets.append(SloTarget(promise.label, promise.tpot_ms, plan.ttft_ms, found))
+        return Basis(alone_ms, await self._train_alone(), tuple(targets), tuple(rungs))
+
+    def _promises(self, alone_ms: float) -> list[Promise]:
+        promises = [Promise(slo.label, slo.resolve(alone_ms)) for slo in self._plan.slos]
+        for promise in promises:
+            if promise.tpot_ms < alone_ms:
+                raise UsageError(
+                    f"serving alone cannot keep {promise.label} on this machine: one request at a time takes "
+                    f"{alone_ms:.1f} ms per token (p99); ask for more with --slo-tpot",
+                    param="slo_tpot",
+                )
+        return promises
+
+    async def _rung(self, rate: float, promises: Sequence[Promise]) -> Rung:
+        plan = self._plan
+        self._tell("Capacity of serving alone", None, f"{rate:.2f} requests/s")
+        seconds = min(max(plan.ladder_requests / rate, plan.shortest_rung_s), plan.longest_rung_s)
+        length = min(plan.lead_s + seconds, self._trace.duration_s)
+        seen = await self._replay(stretch(self._trace, plan, rate, 0, length), REFERENCE)
+        records = [record for request, record in seen.answers if request.at_s >= plan.lead_s]
+        answered = [record for record in records if record.error is None]
+        return Rung(
+            rate,
+            len(records),
+            percentiles([1e3 * r.tpot_s for r in answered if r.tpot_s is not None])["p99"],
+            percentiles([1e3 * r.ttft_s for r in answered if r.ttft_s is not None])["p99"],
+            {
+                p.label: sum(r.meets(Slo(p.tpot_ms, plan.ttft_ms)) for r in records) / max(1, len(records))
+                for p in promises
+            },
+        )
+
+    async def _train_alone(self) -> float:
+        """Tokens per second of training with nobody to serve."""
+        self._tell("Training alone", None, "")
+        await self._session.use("train_only")
+        await self._session.training.start()
+        before, began = await self._session.trained_tokens(), time.perf_counter()
+        await asyncio.sleep(self._plan.train_alone_s)
+        return (await self._session.trained_tokens() - before) / (time.perf_counter() - began)
+
+    async def _warm_up(self, capacity_per_s: float) -> None:
+        self._tell("Warming up", None, "serving and training together")
+        plan = self._plan
+        middle = plan.loads[len(plan.loads) // 2] / 100
+        length = min(plan.length_s, plan.lead_s + WARM_UP_S)
+        await self._replay(stretch(self._trace, plan, capacity_per_s * middle, 0, length), WARM_UP)
+
+    # -- one run -----------------------------------------------------------------------------------------
+
+    async def _run(self, run: Run, target: SloTarget) -> RunFile:
+        await self._session.training.keep_up()
+        rate = target.capacity_per_s * run.load / 100
+        part = stretch(self._trace, self._plan, rate, run.repetition)
+        seen = await self._replay(part, run.policy, target.tpot_ms)
+        slo = Slo(target.tpot_ms, target.ttft_ms)
+        requests = [
+            _request(record, request, slo, counts=request.at_s >= self._plan.lead_s)
+            for request, record in seen.answers
+        ]
+        moments = [_moment(sample, seen.start) for sample in seen.samples]
+        return RunFile(self._result(run, requests, moments, seen.trained_tokens_per_s), requests, moments)
+
+    async def _replay(self, part: Trace, policy: str, tpot_ms: float = FREE_SLO_MS) -> Replayed:
+        plan = self._plan
+        return await self._session.replay(part, policy, tpot_ms, lead_s=plan.lead_s, grace_s=plan.grace_s)
+
+    def _result(
+        self, run: Run, requests: Sequence[Request], moments: Sequence[Moment], trained_per_s: float
+    ) -> RunResult:
+        counted = [request for request in requests if request.counts]
+        inside = [m.mode for m in moments if self._plan.lead_s <= m.at_s <= self._plan.length_s]
+        return RunResult(
+            policy=run.policy,
+            slo=run.slo,
+            load=run.load,
+            repetition=run.repetition,
+            requests=len(counted),
+            good=sum(request.met for request in counted),
+            failed=sum(request.error is not None for request in counted),
+            finetune_tokens_per_s=trained_per_s,
+            tpot_ms=tuple(round(r.tpot_ms, 3) for r in counted if r.tpot_ms is not None),
+            ttft_ms=tuple(round(r.ttft_ms, 3) for r in counted if r.ttft_ms is not None),
+            modes={mode: inside.count(mode) / len(inside) for mode in sorted(set(inside))},
+        )
+
+
+def _request(record: Record, request: PlannedRequest, slo: Slo, *, counts: bool) -> Request:
+    answered = record.error is None
+    return Request(
+        at_s=round(request.at_s, 4),
+        prompt_tokens=record.prompt_tokens,
+        tokens=record.tokens,
+        ttft_ms=1e3 * record.ttft_s if record.ttft_s is not None and answered else None,
+        tpot_ms=1e3 * record.tpot_s if record.tpot_s is not None and answered else None,
+        took_s=round(record.ended_at - record.sent_at, 4),
+        met=record.meets(slo),
+        counts=counts,
+        error=record.error,
+    )
+
+
+def _moment(sample: Sample, start: float) -> Moment:
+    return Moment(
+        at_s=round(sample.t - start, 3),
+        mode=sample.mode,
+        running=sample.running,
+        step_ms=sample.step_ms,
+        output_tokens=sample.output_tokens,
+        training_tokens=sample.training_tokens,
+        leased=sample.pool.leased,
+        slots=sample.pool.slots,
+    )
