@@ -32,6 +32,8 @@ _MODES: Final = {
     "idle": ("faint", "idle"),
 }
 _BIN_S: Final = 1.0
+SAMPLE_EVERY_S: Final = 0.25
+"""The appliance notes its state so often; a longer gap between two moments is idle time."""
 
 
 def speed_bars(policies: Policies, name: str) -> str:
@@ -87,7 +89,8 @@ def trade_off(policies: Policies, name: str) -> str:
                     cell["finetune_tokens_per_s"],
                     yerr=cell["finetune_tokens_per_s_ci"],
                     fmt=_SHAPES[index % len(_SHAPES)],
-                    markersize=10 if policy == OURS else 7,
+                    markersize=12 if policy == OURS else 7,
+                    zorder=2 if policy == OURS else 3,  # behind, where another one lies on it
                     color=_colour(index, policy),
                     linewidth=1,
                     label=policy,
@@ -152,7 +155,7 @@ def run_in_time(
         training.set_xlim(0, end_s)
         training.set_xlabel("seconds")
         for panel in (modes, queue, answers):
-            if len(panel.get_legend_handles_labels()[0]) > 1:
+            if panel.get_legend_handles_labels()[0]:
                 panel.legend(
                     loc="lower left",
                     bbox_to_anchor=(0, 1),
@@ -166,22 +169,29 @@ def run_in_time(
 
 
 def _mode_strip(axes: Axes, moments: Sequence[Moment], end_s: float) -> None:
-    """Each mode holds until the next moment; a gap in the moments is idle time."""
+    """What the engine did, as one band."""
     axes.grid(visible=False)
     axes.set_yticks([])
     axes.set_ylabel("mode", rotation=0, ha="right", va="center")
     told: set[str] = set()
-    starts = [max(0.0, moment.at_s - 0.25) for moment in moments]
-    for moment, start in zip(moments, starts, strict=True):
-        colour, label = _MODES.get(moment.mode, ("faint", moment.mode))
-        axes.axvspan(
-            start,
-            min(end_s, start + 0.25),
-            color=MARKERS[colour],
-            linewidth=0,
-            label=None if label in told else label,
-        )
+    ends = [moment.at_s for moment in moments]
+    for mode, begin, end in _stretches([moment.mode for moment in moments], ends):
+        colour, label = _MODES.get(mode, ("faint", mode))
+        label = "_" + label if label in told else label  # the legend leaves out what begins with _
+        axes.axvspan(max(0.0, begin), min(end_s, end), color=MARKERS[colour], linewidth=0.4, label=label)
         told.add(label)
+
+
+def _stretches(modes: Sequence[str], ends: Sequence[float]) -> list[tuple[str, float, float]]:
+    """Modes with their begin and end; consecutive moments of one mode are one stretch."""
+    found: list[tuple[str, float, float]] = []
+    for mode, end in zip(modes, ends, strict=True):
+        begin = end - SAMPLE_EVERY_S
+        if found and found[-1][0] == mode and begin - found[-1][2] < SAMPLE_EVERY_S:
+            found[-1] = (mode, found[-1][1], end)
+        else:
+            found.append((mode, begin, end))
+    return found
 
 
 def _queue(axes: Axes, requests: Sequence[Request], end_s: float) -> None:
@@ -223,7 +233,7 @@ def _training(axes: Axes, moments: Sequence[Moment], end_s: float) -> None:
     tokens, _ = np.histogram(
         [moment.at_s for moment in moments], edges, weights=[moment.training_tokens for moment in moments]
     )
-    axes.bar(edges[:-1], tokens / _BIN_S, width=_BIN_S, align="edge", color=MARKERS["green"], linewidth=0)
+    axes.stairs(tokens / _BIN_S, edges, fill=True, color=MARKERS["green"])
     axes.set_ylabel("finetune tokens/s")
 
 

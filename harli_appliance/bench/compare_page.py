@@ -16,7 +16,7 @@ from harli_appliance.bench.report import Goal, Grid, Page, Picture, Table, Words
 from harli_appliance.bench.verdict import ATTAINMENT_GOAL, OURS, keeps
 
 _MEANING: Final = {
-    "adaptive": "ours: trains beside serving while the predicted slowdown leaves a reserve of slack",
+    "adaptive": "ours: trains beside serving as long as the predicted step times keep every answer on schedule",
     "harli": "trains beside serving while the predicted step fits the promise (arXiv 2511.11729)",
     "naive": "trains beside serving always, without control",
     "time_slice": "one after the other: training gets what the slack leaves after a step",
@@ -36,7 +36,7 @@ _SAID: Final = {
 
 def build_page(report: Mapping[str, Any], found: Mapping[Run, RunFile]) -> Page:
     """The content of ``report.html``."""
-    parts: list[Words | Grid | Picture] = [_introduction(report), _verdict_grid(report)]
+    parts: list[Words | Grid | Picture] = [_verdict_grid(report)]
     for section in report["slos"].values():
         if section["policies"]:
             parts += _section(section, found)
@@ -50,6 +50,7 @@ def build_page(report: Mapping[str, Any], found: Mapping[Run, RunFile]) -> Page:
         pictures=[],
         conversations=[],
         footer=f"harli-appliance {report['harli_version']}, {report['finished_at']}. {report['command']}",
+        introduction=[_introduction(report), _policy_grid(report)],
         parts=parts,
     )
 
@@ -66,12 +67,6 @@ def _introduction(report: Mapping[str, Any]) -> Words:
     promised = ", ".join(
         f"{slo['label']} = {slo['tpot_ms']:.0f} ms" for slo in (s["slo"] for s in report["slos"].values())
     )
-    names = dict.fromkeys(name for section in report["slos"].values() for name in section["policies"])
-    meanings = [
-        f"{name}: {meaning}"
-        for name in names
-        if (meaning := _MEANING.get(name.partition(":")[0])) is not None
-    ]
     ttft = f"{report['slo']['ttft_ms'] / 1e3:g} s"
     return Words(
         "What is compared",
@@ -85,9 +80,21 @@ def _introduction(report: Mapping[str, Any]) -> Words:
             "Load is in percent of the requests per second that serving alone can take under the promise. A "
             f"policy keeps the promise when at least {ATTAINMENT_GOAL:.0%} of its requests meet it. The speed of "
             "one that does not is of no use.",
-            ". ".join(meanings) + ".",
         ],
     )
+
+
+def _policy_grid(report: Mapping[str, Any]) -> Grid:
+    names = dict.fromkeys(name for section in report["slos"].values() for name in section["policies"])
+    rows = [("met" if name == OURS else "", (name, _meaning(name))) for name in names]
+    return Grid("The policies", ("name", "how it shares the machine"), rows)
+
+
+def _meaning(policy: str) -> str:
+    family, _, variant = policy.partition(":")
+    if family == "time_slice" and variant.isdigit():
+        return f"training gets a turn of one micro-batch after every {variant} decode steps, whatever is promised"
+    return _MEANING.get(policy) or _MEANING.get(family, "")
 
 
 def _verdict_grid(report: Mapping[str, Any]) -> Grid:
@@ -156,7 +163,7 @@ def _numbers(section: Mapping[str, Any]) -> Grid:
                     name,
                     f"{load}%",
                     f"{cell['finetune_tokens_per_s']:.1f}" + ("" if half is None else f" ± {half:.1f}"),
-                    "-" if share is None else f"{share:.1%} ({ends[0]:.0%} to {ends[1]:.0%})",
+                    "-" if share is None else f"{share:.1%} ({100 * ends[0]:.0f} to {100 * ends[1]:.0f})",
                     f"{_milliseconds(cell['tpot_ms']['p50'])} / {_milliseconds(cell['tpot_ms']['p99'])}",
                     f"{_milliseconds(cell['ttft_ms']['p50'])} / {_milliseconds(cell['ttft_ms']['p99'])}",
                     f"{cell['requests']} in {len(cell['runs'])}",

@@ -79,6 +79,8 @@ class Page:
     pictures: Sequence[Picture]
     conversations: Sequence[Conversation]
     footer: str
+    introduction: Sequence[Words | Grid | Picture] = ()
+    """Before the goals: what a reader has to know to understand them."""
     parts: Sequence[Words | Grid | Picture] = ()
     """Between pictures and numbers, in this order."""
 
@@ -115,6 +117,7 @@ def render(page: Page) -> str:
         f"<h1>{_text(page.title)}</h1>",
         f'<p class="verdict {"met" if page.passed else "missed"}">{_text(page.verdict)}</p>',
         f'<p class="lead">{_text(page.lead)}</p>',
+        *map(_part, page.introduction),
         _goals(page.goals),
     ]
     if page.conversations:

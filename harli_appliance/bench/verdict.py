@@ -76,7 +76,7 @@ def _verdict(policies: Policies, load: str, slo_tpot_ms: float) -> Verdict:
     reach = half if half is not None else 0.0
     outcome: Outcome = "wins" if mean > reach else "loses" if mean < -reach else "ties"
     spread = "" if half is None else f" ± {half:.1f}"
-    text = f"{_rate(ours)}, {best} {_rate(policies[best][load])}: {mean:+.1f}{spread}"
+    text = f"{_rate(ours)} against {_rate(policies[best][load])} of {best}; difference {mean:+.1f}{spread}"
     return Verdict(outcome, best, round(mean, 3), None if half is None else round(half, 3), text)
 
 
