@@ -121,6 +121,24 @@ def test_repetitions_are_compared_in_pairs() -> None:
     assert verdict(*runs("adaptive", 20, 55, 80), *runs("harli", 22, 52, 82))["outcome"] == "ties"
 
 
+def test_a_verdict_against_ours_says_how_long_training_waited() -> None:
+    found = verdict(*runs("adaptive", 30, 31, 32), *runs("harli", 50, 51, 52))
+    assert found["outcome"] == "loses"
+    assert found["text"].endswith("training waited for 25% of the time, under harli for 25%")
+
+
+def test_the_oracle_is_the_best_split_that_never_changes() -> None:
+    found = report(
+        *runs("static:a", 50, 50),
+        *runs("static:b", 70, 70),
+        *runs("static:c", 90, 90, good=90),
+        *runs("harli", 80, 80),
+        *runs("static:a", 20, 20, load=90, good=50),
+        *runs("static:c", 10, 10, load=90, good=60),
+    )
+    assert found["oracle_static"] == {"60": "static:b", "90": "static:c"}
+
+
 def test_variants_of_ours_are_no_rivals() -> None:
     found = verdict(*runs("adaptive", 50, 51), *runs("adaptive:something", 60, 61), *runs("harli", 40, 41))
     assert found["rival"] == "harli"

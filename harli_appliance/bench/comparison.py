@@ -14,7 +14,7 @@ from typing import Any
 from harli_appliance import __version__
 from harli_appliance.bench.intervals import CONFIDENCE, interval, share_interval
 from harli_appliance.bench.replay import percentiles
-from harli_appliance.bench.verdict import judge, verdicts
+from harli_appliance.bench.verdict import judge, oracle_static, verdicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,12 @@ def _section(results: Sequence[RunResult], target: SloTarget) -> dict[str, Any]:
         "capacity_per_s": round(target.capacity_per_s, 4),
     }
     found = verdicts(policies, target.tpot_ms)
-    return {"slo": slo, "policies": policies, "verdicts": {load: v.as_json() for load, v in found.items()}}
+    return {
+        "slo": slo,
+        "policies": policies,
+        "oracle_static": oracle_static(policies),
+        "verdicts": {load: v.as_json() for load, v in found.items()},
+    }
 
 
 def _cell(runs: Sequence[RunResult]) -> dict[str, Any]:

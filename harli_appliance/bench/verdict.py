@@ -21,6 +21,7 @@ REFERENCE: Final = "serve_only"
 SLICING_RIVALS: Final = ("time_slice", "flexllm", "llmstation")
 """With their variants: `time_slice:64` is one of `time_slice`."""
 SLICING_FACTOR: Final = 1.3
+STATIC: Final = "static"
 
 Outcome = Literal["wins", "ties", "loses", "breaks"]
 Cells = Mapping[str, Any]
@@ -77,7 +78,34 @@ def _verdict(policies: Policies, load: str, slo_tpot_ms: float) -> Verdict:
     outcome: Outcome = "wins" if mean > reach else "loses" if mean < -reach else "ties"
     spread = "" if half is None else f" ± {half:.1f}"
     text = f"{_rate(ours)} against {_rate(policies[best][load])} of {best}; difference {mean:+.1f}{spread}"
+    if outcome == "loses" and (why := _waited(ours, policies[best][load], best)):
+        text += f"; {why}"
     return Verdict(outcome, best, round(mean, 3), None if half is None else round(half, 3), text)
+
+
+def _waited(ours: Cells, theirs: Cells, rival: str) -> str | None:
+    """Why a rival that keeps the promise trained more, as far as the modes tell."""
+    if not ours["modes"] or not theirs["modes"]:
+        return None
+    mine, other = (cell["modes"].get("pause", 0.0) for cell in (ours, theirs))
+    return f"training waited for {mine:.0%} of the time, under {rival} for {other:.0%}"
+
+
+def oracle_static(policies: Policies) -> dict[str, str]:
+    """For each load the split that is best when it may never change: the fastest training among the static
+    policies that keep the promise, or the one with the highest attainment when none does."""
+    static = {name: cells for name, cells in policies.items() if name.split(":")[0] == STATIC}
+    found: dict[str, str] = {}
+    for load in dict.fromkeys(load for cells in static.values() for load in cells):
+        run = {name: cells[load] for name, cells in static.items() if load in cells}
+
+        def worth(name: str, run: Policies = run) -> tuple[float, float]:
+            cell = run[name]
+            kept = keeps(cell)
+            return (1.0 if kept else cell["attainment"] or 0.0, cell["finetune_tokens_per_s"])
+
+        found[load] = max(run, key=worth)
+    return found
 
 
 def _broken(policies: Policies, load: str, slo_tpot_ms: float) -> str:
