@@ -92,19 +92,17 @@ def _measure(
     folder = fetch_model(plan.model, settings, narrator)
     telling = Steps(narrator)
     with scratch_home(settings) as home:
-        try:
-            if plan.replay == "engine":
-                task = {
-                    "kind": "compare",
-                    "settings": plan.appliance_settings(folder),
-                    "model": str(folder),
-                    "out": str(store.folder),
-                }
-                asyncio.run(work_in_engine(task, home, store.folder / "engine.log", telling.tell))
-            else:
-                asyncio.run(_over_http(plan, store, folder, home, telling.tell, serve))
-        finally:
-            telling.end()
+        if plan.replay == "engine":
+            task = {
+                "kind": "compare",
+                "settings": plan.appliance_settings(folder),
+                "model": str(folder),
+                "out": str(store.folder),
+            }
+            asyncio.run(work_in_engine(task, home, store.folder / "engine.log", telling.tell))
+        else:
+            asyncio.run(_over_http(plan, store, folder, home, telling.tell, serve))
+    telling.end()
 
 
 async def _over_http(

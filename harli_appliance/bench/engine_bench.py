@@ -57,10 +57,8 @@ def measure_in_engine(
                 **extra,
             }
             telling = Steps(narrator)
-            try:
-                asyncio.run(work_in_engine(task, home, out / f"{kind}.log", telling.tell))
-            finally:
-                telling.end()
+            asyncio.run(work_in_engine(task, home, out / f"{kind}.log", telling.tell))
+            telling.end()
         report = build()
     except KeyboardInterrupt:
         errors.print("interrupted; the engine is stopped")

@@ -159,6 +159,7 @@ def predictor(
         skip_bad=skip_bad,
         repetitions=2,
         seconds=seconds,
+        light_requests=4,
         seed=seed,
     )
     raise typer.Exit(run(plan, out, json_output=json, typed=_typed()))
@@ -192,6 +193,7 @@ def adapt(
         skip_bad=skip_bad,
         repetitions=2,
         seconds=seconds,
+        light_requests=8,
         seed=seed,
     )
     raise typer.Exit(run(plan, out, json_output=json, typed=_typed()))
