@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,11 @@ from harli_appliance.api.ports import ChatCall, Generation, Job, JobEvent, JobSp
 from harli_appliance.completions import Completions
 from harli_appliance.config import Settings
 from harli_appliance.device.choose import choose_gpu
-from harli_appliance.device.cuda import gpu_name, stream_context
+from harli_appliance.device.cuda import CudaLanes, cuda_lanes
+from harli_appliance.device.gpu import Gpu
+from harli_appliance.device.monitor import Monitor
+from harli_appliance.device.monitor_cpu import CpuGauges
+from harli_appliance.device.monitor_gpu import GpuGauges
 from harli_appliance.device.partition import Partition, cpu_name, cpu_partition, describe_cores
 from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.engine.engine import Engine
@@ -45,6 +50,7 @@ from harli_appliance.models.size import BFLOAT16, FLOAT32, refuse_too_large
 from harli_appliance.runtime.architectures import refuse_unservable
 from harli_appliance.runtime.protocol import Runtime
 from harli_appliance.runtime.text import TextCodec
+from harli_appliance.scheduling.names import without_partitions
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.scheduling.slo import SloTracker
@@ -55,7 +61,7 @@ from harli_appliance.schema import (
     Status,
     Timeline,
 )
-from harli_appliance.status_view import engine_views, job_views
+from harli_appliance.status_view import engine_views, hardware_view, job_views
 from harli_appliance.store.database import Database
 from harli_appliance.store.lock import HomeLock
 from harli_appliance.store.predictor import load_predictor, save_predictor
@@ -66,6 +72,7 @@ from harli_appliance.training.fairness import make_order
 from harli_appliance.training.hyperparameters import adapter_name
 from harli_appliance.training.job_run import JobRun, RunOptions
 from harli_appliance.training.queue import JobQueue
+from harli_appliance.training.rehearsal import rehearsal_slots, rehearse
 from harli_appliance.training.trainer import Trainer
 
 log = structlog.get_logger(__name__)
@@ -87,6 +94,7 @@ class Appliance:
         codec: TextCodec,
         partition: Partition,
         context: int | None,
+        gpu: Gpu | None,
     ) -> None:
         self._settings = settings
         self._lock = lock
@@ -107,15 +115,24 @@ class Appliance:
             count_tokens=codec.count_tokens,
             context_length=context,
         )
-        self._cuda = settings.device.kind != "cpu" and torch.cuda.is_available()
-        if self._cuda:
-            self._inference = Lane("inference", around=stream_context())
-            self._training = Lane("training", around=stream_context())
+        self._gpu = gpu
+        self._cuda = cuda_lanes(gpu) if gpu is not None else None
+        policy = settings.scheduling.policy
+        if self._cuda is not None:
+            self._inference = Lane("inference", around=self._cuda.inference.around)
+            self._training = Lane(
+                "training", around=self._cuda.training.around, finish=self._cuda.training.drain
+            )
+            if not self._cuda.splits and without_partitions(policy) != policy:
+                policy = without_partitions(policy)
+                log.warning("following another policy", policy=policy, why="there are no SM partitions")
         else:
             self._inference = Lane("inference", partition.inference)
             self._training = Lane("training", partition.training)
+        self._monitor = Monitor(GpuGauges if gpu is not None else partial(CpuGauges, partition))
         self._slo = SloTracker(settings.slo.tpot_ms, settings.slo.ttft_ms)
-        self._scheduler = Scheduler(Predictor(settings.scheduling.bound_quantile), settings.scheduling.policy)
+        splits = () if self._cuda is None else self._cuda.splits
+        self._scheduler = Scheduler(Predictor(settings.scheduling.bound_quantile), policy, splits)
         self._tasks: list[asyncio.Task[None]] = []
 
     # -- life --------------------------------------------------------------------------------------------
@@ -149,7 +166,7 @@ class Appliance:
             undo.push_async_callback(database.close)
             usage = await UsageLog.open(settings.home)
             undo.push_async_callback(usage.close)
-            appliance = cls(settings, lock, database, usage, folder, codec, partition, context)
+            appliance = cls(settings, lock, database, usage, folder, codec, partition, context, gpu)
             undo.pop_all()
             return appliance
 
@@ -169,7 +186,7 @@ class Appliance:
         settings = self._settings
         options = RuntimeOptions(
             model=self._folder,
-            device="cuda" if self._cuda else "cpu",
+            device="cpu" if self._gpu is None else "cuda",
             pool_slots=settings.memory.pool_slots,
             context_length=self._context,
             max_running_requests=settings.model.max_running_requests,
@@ -177,6 +194,8 @@ class Appliance:
             max_lora_rank=settings.training.max_lora_rank,
             max_adapters=settings.training.max_adapters,
             lora=self._finetunes,
+            attention=settings.device.attention,
+            graphs=self._cuda is None or not self._cuda.splits,
             seed=secrets.randbits(31),  # answers without a seed differ after a restart too
         )
         try:
@@ -196,6 +215,8 @@ class Appliance:
         if self._finetunes:
             twin = await self._training.run(shared_model, self._runtime.model, self._folder)
             self._backbone = Backbone(twin)
+            if self._cuda is not None:
+                await self._rehearse(self._cuda)
         self._trainer = Trainer(
             self._queue,
             self._pool,
@@ -217,6 +238,7 @@ class Appliance:
             self._inference,
             self._training,
             max_queued=settings.server.max_queued_requests,
+            arrange=self._cuda.arrange if self._cuda is not None else lambda _: None,
         )
         self._shelf = AdapterShelf(self._runtime, self._inference)
         self._completions = Completions(
@@ -228,6 +250,31 @@ class Appliance:
         if self._finetunes and settings.training.enabled:
             self._tasks.append(asyncio.create_task(self._trainer.run(), name="trainer"))
         self._state = "ready"
+
+    async def _rehearse(self, cuda: CudaLanes) -> None:
+        """Have memory set aside for units on every stream that they may run on."""
+        training, before = self._settings.training, torch.cuda.memory_reserved()
+        slots = rehearsal_slots(self._backbone, training.sequence_tokens)
+        lease = await self._inference.run(self._pool.grant, slots, lambda: None)
+        if lease is None:  # jobs will be refused for the same reason, naming the setting
+            log.warning("no memory is set aside for training", why="the pool is too small for a micro-batch")
+            return
+        work = partial(
+            rehearse,
+            self._backbone,
+            (self._slots.k_buffers, self._slots.v_buffers),
+            lease.indices,
+            rank=training.max_lora_rank,
+            sequence_tokens=training.sequence_tokens,
+            window_tokens=training.window_tokens,
+        )
+        for _ in cuda.training_places():
+            await self._training.run(work)
+            await self._training.drain()
+        await self._inference.run(work)  # where units run when the lanes take turns
+        lease.release()
+        mib = (torch.cuda.memory_reserved() - before) >> 20
+        log.info("memory is set aside for training", mib=mib)
 
     @property
     def _finetunes(self) -> bool:
@@ -251,8 +298,8 @@ class Appliance:
 
     @property
     def _device(self) -> str:
-        if self._cuda:
-            return gpu_name()
+        if self._gpu is not None:
+            return self._gpu.name
         inference, training = self._partition.inference, self._partition.training
         return f"{cpu_name()}, {len(inference)}+{len(training)} cores"
 
@@ -274,8 +321,11 @@ class Appliance:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if was_ready:
             await self._completions.close()
+        await asyncio.to_thread(self._monitor.close)
         await asyncio.to_thread(self._training.close)
         await asyncio.to_thread(self._inference.close)
+        if self._cuda is not None:
+            self._cuda.close()
         if was_ready:
             await self._save_predictor()
         await self._queue.close()
@@ -457,12 +507,19 @@ class Appliance:
             partition=self._partition_view(),
             jobs=job_views(jobs, self._trainer),
             models=self.models(),
+            hardware=hardware_view(self._monitor.latest),
             **engine_views(self._engine, self._scheduler, self._trainer),
         )
 
     def _partition_view(self) -> PartitionView:
-        if self._cuda:
-            return PartitionView(inference="one stream", training="one stream", inference_share=0.5)
+        if self._cuda is not None:
+            split = self._cuda.split
+            if split is None:
+                return PartitionView(inference="all SMs", training="all SMs", inference_share=0.5)
+            inference, training = split.name.split("+")
+            return PartitionView(
+                inference=f"{inference} SMs", training=f"{training} SMs", inference_share=split.inference
+            )
         return PartitionView(
             inference=describe_cores(self._partition.inference),
             training=describe_cores(self._partition.training),

@@ -124,6 +124,10 @@ class DeviceSettings(Section):
     training_cores: tuple[int, ...] | None = Field(
         None, description="CPU cores of the training lane; the other half when not set."
     )
+    attention: str | None = Field(
+        None,
+        description="SGLang's attention backend on a GPU, e.g. triton; SGLang's own choice when not set.",
+    )
 
 
 class LoggingSettings(Section):

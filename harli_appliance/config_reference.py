@@ -129,6 +129,7 @@ _EXAMPLES = {
     "context_length": "2048",
     "inference_cores": "[0, 1]",
     "training_cores": "[2, 3]",
+    "attention": '"triton"',
 }
 """What a setting may look like whose default is none, or depends on the machine."""
 

@@ -101,6 +101,27 @@ class PartitionView(Wire):
     inference_share: float
 
 
+class HardwareView(Wire):
+    """The device over the last second. Shares are from 0 to 1; None is what this device does not tell."""
+
+    compute: float | None = None
+    """Share of cores or SMs that were busy."""
+    inference: float | None = None
+    """The same for the inference lane's cores (CPU only)."""
+    training: float | None = None
+    """The same for the training lane's cores (CPU only)."""
+    tensor: float | None = None
+    """Share of the time in which tensor cores were busy."""
+    bandwidth: float | None = None
+    """Share of the memory bandwidth."""
+    memory_bytes: int | None = None
+    """Held by the appliance on a CPU, by everybody on a GPU."""
+    memory_total_bytes: int | None = None
+    power_w: float | None = None
+    temperature_c: float | None = None
+    clock_mhz: float | None = None
+
+
 class PoolView(Wire):
     """Slots by owner; free + serving + cached + leased = slots."""
 
@@ -167,6 +188,8 @@ class Status(Wire):
     jobs: list[JobView]
     """Running, queued in their order, paused, then what ended last; twenty at most."""
     models: list[ModelView]
+    hardware: HardwareView | None = None
+    """None until the device has been read, and while it cannot be."""
 
 
 class Sample(Wire):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TypedDict
 
 from harli_appliance.api.ports import Job
+from harli_appliance.device.monitor import Reading
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.telemetry import pool_view
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.scheduling.slo import Quantiles
 from harli_appliance.schema import (
+    HardwareView,
     JobView,
     Mode,
     Percentiles,
@@ -78,6 +81,10 @@ def engine_views(engine: Engine, scheduler: Scheduler, trainer: Trainer) -> Engi
             above_bound=predictor.above_bound,
         ),
     )
+
+
+def hardware_view(reading: Reading | None) -> HardwareView | None:
+    return None if reading is None else HardwareView(**asdict(reading))
 
 
 def job_views(jobs: Sequence[Job], trainer: Trainer) -> list[JobView]:

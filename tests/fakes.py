@@ -16,6 +16,7 @@ from harli_appliance.config import Settings
 from harli_appliance.errors import Conflict, DatasetError, NotFound
 from harli_appliance.schema import (
     ENDED,
+    HardwareView,
     JobView,
     ModelView,
     PartitionView,
@@ -143,6 +144,9 @@ def make_status(**changes: object) -> Status:
             ModelView(id=BASE, kind="base"),
             ModelView(id="ft:smollm2:harbour", kind="adapter", parent=BASE, job="ftjob-done"),
         ],
+        hardware=HardwareView(
+            compute=0.94, inference=0.97, training=0.91, memory_bytes=3 << 30, memory_total_bytes=24 << 30
+        ),
     )
     return status.model_copy(update=changes)
 

@@ -23,6 +23,9 @@ class HereAndNow:
         await asyncio.sleep(0)
         return function(*args)
 
+    async def drain(self) -> None:
+        return None
+
 
 class Furniture:
     """A state of 20 slots that notes where it is."""

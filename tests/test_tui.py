@@ -64,6 +64,7 @@ def shown(app: HarliTop) -> str:
 async def test_it_shows_what_the_appliance_says(port: FakeAppliance) -> None:
     async with listening(port) as listener, opened(listener.url) as (app, pilot):
         pieces = (
+            "Compute  busy 94% · 3.0 GiB",
             "ready 1h 02m",
             "policy adaptive",
             "smollm2-135m-instruct",

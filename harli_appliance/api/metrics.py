@@ -34,6 +34,7 @@ class StatusCollector(Collector):
         yield from self._latency()
         yield from self._work()
         yield from self._memory()
+        yield from self._hardware()
 
     def _appliance(self) -> Iterator[Metric]:
         s = self._status
@@ -133,6 +134,30 @@ class StatusCollector(Collector):
                 "Share of recent steps that outlasted their bound.",
                 predictor.above_bound,
             )
+
+    def _hardware(self) -> Iterator[Metric]:
+        """What the device tells; what it does not is left out."""
+        read = self._status.hardware
+        if read is None:
+            return
+        shares = {"inference": read.inference, "training": read.training}
+        by_lane = {lane: share for lane, share in shares.items() if share is not None}
+        if by_lane:
+            yield _by(
+                "lane", "harli_device_lane_busy_ratio", "Share of a lane's cores that were busy.", by_lane
+            )
+        for name, text, value in (
+            ("compute_ratio", "Share of cores or SMs that were busy.", read.compute),
+            ("tensor_ratio", "Share of the time in which tensor cores were busy.", read.tensor),
+            ("bandwidth_ratio", "Share of the memory bandwidth that was used.", read.bandwidth),
+            ("memory_bytes", "Memory held: by the appliance on a CPU, by all on a GPU.", read.memory_bytes),
+            ("memory_total_bytes", "Memory that the device has.", read.memory_total_bytes),
+            ("power_watts", "Power drawn.", read.power_w),
+            ("temperature_celsius", "Temperature.", read.temperature_c),
+            ("clock_hertz", "Clock.", None if read.clock_mhz is None else 1e6 * read.clock_mhz),
+        ):
+            if value is not None:
+                yield _gauge(f"harli_device_{name}", f"{text} Over the last second.", value)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -197,6 +199,36 @@ def adapt(
         seed=seed,
     )
     raise typer.Exit(run(plan, out, json_output=json, typed=_typed()))
+
+
+@app.command("device")
+def device(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where device.json is written.")] = REPORTS,
+    shapes: Annotated[
+        str | None,
+        typer.Option(help="Shapes of the model: tiny, smollm2-135m or llama-3-8b; by device when not given."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SECTION", help="Measure only this; may be given several times."),
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Begin no section after so many seconds.")
+    ] = 480.0,
+    json: Json = False,
+) -> None:
+    """Bandwidth, matmul, decoding and finetuning by partition, alone and side by side; more on a GPU."""
+    arguments = [sys.executable, "-m", "harli_appliance.bench.device", "--out", str(out)]
+    arguments += ["--budget", str(budget)]
+    for section in only or []:
+        arguments += ["--only", section]
+    if shapes is not None:
+        arguments += ["--shapes", shapes]
+    if json:
+        arguments.append("--json")
+    # One OpenMP thread a lane, as `harli serve` has it; torch reads this when it is imported.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    raise typer.Exit(subprocess.run(arguments, env=environment).returncode)  # noqa: S603 - our own module
 
 
 def _typed() -> str:

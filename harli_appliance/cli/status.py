@@ -46,6 +46,10 @@ def status(json: Json = False, url: Url = None) -> None:
             f"step {job.step}/{job.total_steps}, loss {number(job.loss)}, "
             f"{job.device_share:.0%} of the training time, {left(job.remaining_s)}"
         )
+    if now.hardware is not None:
+        from harli_appliance.tui.words import hardware
+
+        facts["hardware"] = hardware(now)
     width = max(map(len, facts))
     for name, value in facts.items():
         typer.echo(f"{name:<{width}}  {value}")

@@ -8,7 +8,7 @@ not know torch, lanes or sizes that make sense.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from harli_appliance.device.gpu import FALLBACK
@@ -33,7 +33,7 @@ class Sms:
         multiple: the number of SMs in a group is a multiple of this.
     """
 
-    handle: Any
+    handle: Any = field(repr=False)
     count: int
     least: int
     multiple: int

@@ -23,7 +23,7 @@ from harli_appliance.memory.pool import PoolUse, SlotPool
 from harli_appliance.runtime.protocol import NewTokens, QueueDepth, Runtime, StepPlan, Submission
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.scheduling.slo import RequestTiming, SloTracker
-from harli_appliance.scheduling.types import Decision, Step
+from harli_appliance.scheduling.types import Decision, Split, Step
 from harli_appliance.training.trainer import Trainer
 
 log = structlog.get_logger(__name__)
@@ -63,6 +63,7 @@ class Engine:
 
     Args:
         max_queued: requests that may wait for their first step; more are refused.
+        arrange: puts the lanes where a decision wants them on the device, before anything of it is launched.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Engine:
         training: Lane,
         *,
         max_queued: int,
+        arrange: Callable[[Decision], None] = lambda _: None,
     ) -> None:
         self.slo = slo
         self.telemetry = Telemetry()
@@ -88,6 +90,7 @@ class Engine:
         self._inference = inference
         self._training = training
         self._max_queued = max_queued
+        self._arrange = arrange
         self._work = asyncio.Event()
         self._streams: dict[str, TokenStream] = {}
         self._submissions: deque[Submission] = deque()
@@ -159,6 +162,7 @@ class Engine:
         slack = self.slo.slack_ms(time.perf_counter())
         decision = self._scheduler.decide(step, slack, self.slo.tpot_ms, outlook)
         self._decision = decision
+        self._arrange(decision)
         sliced = decision.mode == "time_slice"
         if plan is None:
             self._trainer.launch(decision.units)
@@ -170,7 +174,7 @@ class Engine:
         if sliced:
             await training
         if step is not None and measured is not None:
-            self._observe(step, *measured)
+            self._observe(step, decision.split, *measured)
 
     async def _wait_for_work(self) -> None:
         with contextlib.suppress(TimeoutError):
@@ -237,11 +241,11 @@ class Engine:
         self.telemetry.step(1e3 * outcome.seconds, produced)
         return 1e3 * outcome.seconds, overlap
 
-    def _observe(self, step: Step, took_ms: float, overlap: float) -> None:
+    def _observe(self, step: Step, split: Split | None, took_ms: float, overlap: float) -> None:
         if overlap >= CORUN_SHARE:
-            self._scheduler.observe(step, took_ms, corun=True)
+            self._scheduler.observe(step, took_ms, corun=True, split=split)
         elif overlap <= 1.0 - CORUN_SHARE:
-            self._scheduler.observe(step, took_ms, corun=False)
+            self._scheduler.observe(step, took_ms, corun=False, split=split)
 
     def _deliver_refused(self) -> None:
         """Requests that ended outside of a step: aborted in the queue, or refused by the runtime."""

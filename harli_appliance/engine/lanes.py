@@ -26,6 +26,8 @@ class Lane:
     Args:
         cores: CPU cores the thread may use; None leaves it free.
         around: entered around everything that runs, e.g. the lane's CUDA stream.
+        finish: waits, on the lane's thread, until the device has done all that was launched; None when what ran is
+            over as soon as it returns.
     """
 
     def __init__(
@@ -33,10 +35,12 @@ class Lane:
         name: str,
         cores: Sequence[int] | None = None,
         around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+        finish: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
         self.cores = tuple(cores) if cores is not None else None
         self._around = around
+        self._finish = finish
         self._lock = threading.Lock()
         self._busy_s = 0.0
         self._since: float | None = None
@@ -52,6 +56,11 @@ class Lane:
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run on the lane and wait; cancelling the wait does not stop what runs."""
         return await asyncio.wrap_future(self.submit(function, *args, **kwargs))
+
+    async def drain(self) -> None:
+        """Wait until everything that was run before is over on the device too."""
+        if self._finish is not None:
+            await self.run(self._finish)
 
     def busy_s(self) -> float:
         """Seconds that the lane has been busy since it was made, work in progress included."""

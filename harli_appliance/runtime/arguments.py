@@ -25,6 +25,10 @@ class RuntimeOptions:
     max_adapters: int = 4
     lora: bool = True
     seed: int = 0
+    attention: str | None = None
+    graphs: bool = True
+    """Whether a GPU decodes with CUDA graphs. SGLang captures them on the whole device, and a graph stays where it
+    was captured: with SM partitions it would take the training lane's SMs too."""
 
 
 def server_arguments(options: RuntimeOptions) -> dict[str, Any]:
@@ -52,6 +56,11 @@ def server_arguments(options: RuntimeOptions) -> dict[str, Any]:
             "attention_backend": "torch_native",  # harli_appliance.runtime.attention_cpu, under this name
             "disable_cuda_graph": True,
             "mem_fraction_static": 0.1,  # the pool is sized by max_total_tokens
+        }
+    else:
+        arguments |= {
+            "attention_backend": options.attention,
+            "disable_cuda_graph": not options.graphs,
         }
     if options.lora:
         arguments |= {

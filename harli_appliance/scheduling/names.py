@@ -26,6 +26,12 @@ DEFAULT_POLICY = POLICY_NAMES[0]
 STATIC = "static:"
 
 
+def without_partitions(name: str) -> str:
+    """The policy to follow where the device cannot be split: `name`, or taking turns if it runs both at once."""
+    alone = name in ("serve_only", "train_only") or name.partition(":")[0] == "time_slice"
+    return name if alone else "time_slice"
+
+
 def check_policy(name: str) -> str:
     """`name`, when there is a policy of that name. Whether the device has the split that ``static:SPLIT`` names is
     seen when the policy is made.

@@ -21,6 +21,9 @@ class UnitLane(Protocol):
     """Where work runs; see `harli_appliance.engine.lanes.Lane`."""
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any: ...
+    async def drain(self) -> None:
+        """Wait for what the device still has to do of what was run."""
+        ...
 
 
 class Movable(Protocol):
@@ -103,6 +106,7 @@ class Residence:
             try:
                 await self._lane.run(self._state.park)
             finally:
+                await self._lane.drain()
                 self._let_go()
 
     def _let_go(self) -> None:

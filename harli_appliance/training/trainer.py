@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import structlog
 
@@ -28,6 +28,8 @@ from harli_appliance.training.fairness import Order, RecentShares
 from harli_appliance.training.job_run import JobRun
 from harli_appliance.training.residence import Residence, UnitLane
 from harli_appliance.training.units import WorkUnit
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -97,6 +99,7 @@ class Trainer:
         self._max_running = max_running
         self._home = lane
         self._lane = lane
+        self._ran_on = lane
         self._memory_lane = memory_lane
         self._on_change = on_change
         self._on_step = on_step
@@ -293,16 +296,17 @@ class Trainer:
         held = lambda: active.residence.settled and not lease.revoked  # noqa: E731
         before, done = self._tokens, False
         try:
-            batch = run.begin(index, lease.indices)
+            batch = await self._at_home(active, partial(run.begin, index, lease.indices))
             while (unit := batch.next_unit(run.window_tokens, layers=1)) is not None:
                 self._units_left = batch.units_left(run.window_tokens) + run.ends_step(index)
                 if not await self._permitted(active, held):
                     self._dropped += 1
                     return False
                 await self._execute(active, unit)
-            run.finish(batch)
+            await self._at_home(active, partial(run.finish, batch))
             done = True
         finally:
+            await self._ran_on.drain()  # nothing may still write to rows that become another's
             lease.release()
             if not done:
                 self._tokens = before
@@ -368,15 +372,29 @@ class Trainer:
 
     async def _execute(self, active: ActiveJob, unit: WorkUnit) -> None:
         self._allowance -= 1
+        await self._move_to(self._lane)
         started = time.perf_counter()
         async with active.residence.in_use:
-            await self._lane.run(unit.run)
+            await self._ran_on.run(unit.run)
         took = 1e3 * (time.perf_counter() - started)
         before = self._unit_ms.get(unit.kind, took)
         self._unit_ms[unit.kind] = before + 0.1 * (took - before)
         self._turn_ms += took
         self._shares.add(active.job.id, took)
         self._tokens += unit.credit
+
+    async def _at_home(self, active: ActiveJob, work: Callable[[], T]) -> T:
+        """What belongs to a micro-batch and is no unit: on the training lane, never on the event loop's stream."""
+        await self._move_to(self._home)
+        async with active.residence.in_use:
+            done: T = await self._home.run(work)
+        return done
+
+    async def _move_to(self, lane: UnitLane) -> None:
+        """Lanes do not wait for each other on the device, so what one began is over before another goes on."""
+        if lane is not self._ran_on:
+            await self._ran_on.drain()
+            self._ran_on = lane
 
     def _set_ready(self, ready: bool) -> None:
         changed = ready != self._ready

@@ -140,6 +140,7 @@ class HarliTop(App[None]):
         self.query_one("#training", RatePanel).show(training.tokens_per_s, words.running_jobs(training))
         colours = lane_colours(self)
         self.query_one(PartitionPanel).show(words.partition_shares(status, colours), words.mode(status))
+        self.query_one(PartitionPanel).show_device(words.hardware(status))
         pool = f"{status.pool.slots:,} slots · {status.pool.reclaims} reclaims"
         self.query_one(PoolPanel).show(words.pool_shares(status.pool, colours), pool)
         self.query_one(JobsPanel).show(status.jobs)

@@ -98,7 +98,12 @@ class SharesPanel(Widget):
 
 
 class PartitionPanel(SharesPanel):
+    """How the lanes share the device, and in its title what the device tells of itself."""
+
     BORDER_TITLE = "Compute"
+
+    def show_device(self, told: str) -> None:
+        self.border_title = f"Compute  {told}" if told else "Compute"
 
 
 class PoolPanel(SharesPanel):

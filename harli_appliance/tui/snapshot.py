@@ -68,6 +68,8 @@ def snapshot(reading: Reading, status: Status, width: int) -> list[Text | Table]
     ]
     lines += _shared_out("partition", words.partition_shares(status, COLOURS), width)
     lines += _shared_out("pool", words.pool_shares(status.pool, COLOURS), width)
+    if read := words.hardware(status):
+        lines.append(Text(f"device      {read}"))
     if status.jobs:
         lines += [Text(), _jobs(status)]
     lines += [Text(), Text("models      " + ", ".join(model.id for model in status.models))]

@@ -33,6 +33,7 @@ POLICIES = {
 }
 
 BAR_CELLS = 10
+GIB = 1 << 30
 
 NAME_CELLS = 8
 """As many as the name of a job's adapter ends in."""
@@ -99,6 +100,25 @@ def job_name(job_id: str) -> str:
     """Enough of an id to know it again, and for the command line to find it."""
     kind, _, number = job_id.partition("-")
     return job_id if len(number) <= NAME_CELLS else f"{kind}-…{number[-NAME_CELLS:]}"
+
+
+def hardware(status: Status) -> str:
+    """What the device tells of itself, in one line; nothing while it tells nothing."""
+    read = status.hardware
+    if read is None:
+        return ""
+    parts = [
+        f"{name} {value:.0%}"
+        for name, value in (("busy", read.compute), ("tensor", read.tensor), ("bandwidth", read.bandwidth))
+        if value is not None
+    ]
+    if read.memory_bytes is not None:
+        parts.append(f"{read.memory_bytes / GIB:.1f} GiB")
+    if read.power_w is not None:
+        parts.append(f"{read.power_w:.0f} W")
+    if read.temperature_c is not None:
+        parts.append(f"{read.temperature_c:.0f} °C")
+    return " · ".join(parts)
 
 
 def progress(job: JobView) -> str:

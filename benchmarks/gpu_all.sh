@@ -1,0 +1,85 @@
+#!/bin/sh
+# Measures everything on a machine with one NVIDIA GPU, torch for CUDA, and no network, in calls that each end by
+# themselves within ten minutes:
+#
+#   benchmarks/gpu_all.sh KIT OUT install     once a machine: the wheels of KIT (make_gpu_kit.sh)
+#   benchmarks/gpu_all.sh KIT OUT device      partitions, bandwidth, graphs, decode floor, finetuning
+#   benchmarks/gpu_all.sh KIT OUT model       writes Llama-3-8B's shapes with random weights (16 GB)
+#   benchmarks/gpu_all.sh KIT OUT serve       whether SGLang starts, answers and finetunes; what stopped it if not
+#   benchmarks/gpu_all.sh KIT OUT compare     the policies; call it again until it says that it is complete
+#   benchmarks/gpu_all.sh KIT OUT all         one after the other, each going on when the one before failed
+#
+# OUT receives the JSON files and a log of each call. Not yet run on a GPU.
+set -u
+kit=$(realpath -m "${1:?usage: gpu_all.sh KIT OUT STAGE}")
+out=$(realpath -m "${2:?usage: gpu_all.sh KIT OUT STAGE}")
+cd "$(dirname "$0")/.."
+stage=${3:?usage: gpu_all.sh KIT OUT STAGE}
+python=${PYTHON:-python3}
+site=${SITE:-/tmp/harli-site}
+model=${MODEL:-/tmp/harli-llama-3-8b}
+shapes=${SHAPES:-llama-3-8b}
+limit=${LIMIT:-560}
+port=${PORT:-8321}
+slots=${SLOTS:-131072}
+mkdir -p "$out"
+export HARLI_HOME="${HARLI_HOME:-/tmp/harli-home}"
+export PYTHONPATH="$site:$PWD" SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+export HARLI_DEVICE__ATTENTION="${ATTENTION-triton}" # what the kit has kernels for
+harli() { timeout --signal=INT --kill-after=20 "$limit" "$python" -m harli_appliance.cli.main "$@"; }
+
+install() {
+    "$python" -m pip --disable-pip-version-check install -q --no-index --no-deps --no-compile \
+        --upgrade --target "$site" "$kit"/*.whl && "$python" -m zipfile -e "$kit/sgl_kernel.zip" "$site"
+    harli doctor --json
+}
+device() { harli bench device --out "$out" --shapes "$shapes" --budget "$((limit - 100))"; }
+model() { timeout "$limit" "$python" -m harli_appliance.bench.random_model "$shapes" "$model"; }
+serve() {
+    export HARLI_URL="http://127.0.0.1:$port"
+    "$python" -m harli_appliance.cli.main serve --port "$port" --model "$model" --set memory.pool_slots="$slots" \
+        2>"$out/serve.stderr" &
+    server=$!
+    trap 'kill "$server" 2>/dev/null' EXIT
+    tried=0
+    until harli status --json >"$out/status-started.json" 2>/dev/null; do
+        tried=$((tried + 1))
+        if [ $tried -gt 150 ] || ! kill -0 "$server" 2>/dev/null; then
+            echo "it did not start; the last lines of what it said:"
+            tail -n 30 "$out/serve.stderr"
+            return 1
+        fi
+        sleep 2
+    done
+    harli run "Say hello" --max-tokens 32 --temperature 0 &&
+        harli jobs create harli_appliance/bench/demo_data/lesson.jsonl --epochs 1 --wait
+    code=$?
+    harli status --json >"$out/status-ended.json"
+    harli status
+    kill -INT "$server" && wait "$server"
+    return $code
+}
+compare() {
+    harli bench run --model "$model" --out "$out/compare" --resume --slo-tpot 40ms,1.25x,1.5x,2x,4x \
+        --prompt-scale 1 --output-scale 1 --max-prompt-tokens 4096 --max-output-tokens 512 --sequence-tokens 1024
+}
+logged() {
+    echo "== $1"
+    "$1" >"$out/$1.log" 2>&1
+    code=$?
+    tail -n 40 "$out/$1.log"
+    echo "== $1 ended with $code (all of it: $out/$1.log)"
+    return $code
+}
+case $stage in
+install | device | model | serve | compare) logged "$stage" ;;
+all)
+    failed=0
+    for each in install device model serve compare; do logged "$each" || failed=1; done
+    exit $failed
+    ;;
+*)
+    echo "gpu_all.sh: no stage '$stage'" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,60 @@
+"""What only a GPU can show: `pytest -m gpu`. Skipped without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from harli_appliance.bench.device_rig import CudaRig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU"),
+]
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[CudaRig]:
+    made = CudaRig()
+    yield made
+    made.close()
+
+
+def test_both_sides_of_a_split_run_on_different_sms(rig: CudaRig) -> None:
+    from harli_appliance.bench.device_gpu import Facts
+    from harli_appliance.bench.device_sharing import Sharing, Sizes
+
+    if rig.refusal is not None:
+        pytest.skip(rig.refusal)
+    found = Facts(rig, Sharing(rig, Sizes(1 << 20, (64, 64, 64), 2))).overlap()
+    for way in rig.ways:
+        inference, training = map(int, way.name.split("+"))
+        assert found[way.name] == {"inference": inference, "training": training, "both": 0}
+
+
+def test_units_ask_the_driver_for_no_memory_once_they_have_run(rig: CudaRig) -> None:
+    from harli_appliance.bench.device_finetune import Finetuning
+    from harli_appliance.bench.device_model import DeviceModel
+    from harli_appliance.bench.device_shapes import SHAPES
+
+    model = DeviceModel(rig, SHAPES["tiny"])
+    for place in [rig.whole, *(way.training for way in rig.ways)]:
+        work = Finetuning(rig, model, SHAPES["tiny"], place)
+        assert work.measure(matmul_rate=1e12)["device_allocations"] == 0, place.name
+        work.close()
+
+
+def test_a_lane_runs_one_piece_ahead_and_drains(rig: CudaRig) -> None:
+    from harli_appliance.device.cuda import LaneStream
+
+    lane = LaneStream(rig.whole.where, ahead=1)
+    data = torch.zeros(1 << 20, device=rig.device)
+    torch.cuda.synchronize()
+    for _ in range(50):
+        with lane.around():
+            data.add_(1)
+    lane.drain()
+    assert rig.whole.where.query()
+    assert data.min() == 50

@@ -1,0 +1,258 @@
+"""The trainer on lanes whose work goes on after they return, as a GPU's does: what is over before what."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harli_appliance.engine.engine import Engine
+from harli_appliance.engine.lanes import Lane
+from harli_appliance.memory.pool import SlotCounts, SlotPool
+from harli_appliance.scheduling.predictor import Predictor
+from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.scheduling.slo import SloTracker
+from harli_appliance.scheduling.types import Decision, Split
+from harli_appliance.training.fairness import FirstCome
+from harli_appliance.training.trainer import Trainer
+from harli_appliance.training.units import WorkUnit
+from tests.test_engine import NoTraining, ScriptedRuntime, ask, tokens
+
+
+class Device:
+    """What is still running, by lane; `happened` is the order of things."""
+
+    def __init__(self) -> None:
+        self.running: dict[str, list[str]] = {}
+        self.happened: list[str] = []
+
+
+class DeviceLane:
+    """Runs at once, but on the device the last piece goes on until it is waited for."""
+
+    def __init__(self, name: str, device: Device, ahead: int) -> None:
+        self._name, self._device, self._ahead = name, device, ahead
+        device.running[name] = []
+
+    async def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        others = [name for name, pieces in self._device.running.items() if pieces and name != self._name]
+        assert not others, f"{self._name} begins while {others} still work"
+        found = function(*args)
+        self._device.running[self._name] = ["piece"] * self._ahead
+        await asyncio.sleep(0)
+        return found
+
+    async def drain(self) -> None:
+        self._device.running[self._name] = []
+
+
+class Slots:
+    size = 100
+
+    def counts(self) -> SlotCounts:
+        return SlotCounts(100, 0, 0)
+
+    def demand(self) -> int:
+        return 0
+
+    def take(self, count: int, *, evict: int) -> Tensor:
+        return torch.arange(count)
+
+    take_contiguous = take
+
+    def give(self, indices: Tensor) -> None:
+        return None
+
+
+class Batch:
+    """Three units of one micro-batch."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.left = 3
+
+    def next_unit(self, window: int, layers: int) -> WorkUnit | None:
+        return WorkUnit("forward", self._unit) if self.left else None
+
+    def _unit(self) -> None:
+        self.left -= 1
+        self._device.happened.append("unit")
+
+    def units_left(self, window: int) -> int:
+        return self.left
+
+
+def fake_run(device: Device) -> Any:
+    def ran(what: str, *_: object) -> Any:
+        device.happened.append(what)
+        run.step = 1 if what == "step" else run.step
+        return Batch(device)
+
+    run = SimpleNamespace(
+        job=SimpleNamespace(id="job"),
+        state=SimpleNamespace(slots=5, place=lambda slots: None, park=lambda: None),
+        step=0,
+        total_steps=1,
+        trained_tokens=0,
+        loss=None,
+        window_tokens=8,
+        checkpoint_due=False,
+        micro_batches=lambda: 1,
+        slots_of=lambda index: 10,
+        ends_step=lambda index: True,
+        begin=partial(ran, "begin"),
+        finish=partial(ran, "finish"),
+        optimizer_step=partial(ran, "step"),
+        close=lambda: None,
+    )
+    return run
+
+
+class Queue:
+    def __init__(self) -> None:
+        self.jobs = [SimpleNamespace(id="job", training_file="file", priority=1)]
+        self.done = asyncio.Event()
+
+    async def next_job(self) -> Any:
+        return self.jobs.pop() if self.jobs else None
+
+    async def wait_for_job(self) -> None:
+        await asyncio.Event().wait()
+
+    async def file_path(self, file_id: str) -> Any:
+        return None
+
+    async def progress(self, *_: object) -> None:
+        return None
+
+    async def begun(self, *_: object) -> None:
+        return None
+
+    def asked(self, job_id: str) -> None:
+        return None
+
+    async def fail(self, job_id: str, code: str, message: str) -> None:
+        raise AssertionError(message)
+
+
+def watched(grant: Callable[..., Any], device: Device) -> Callable[..., Any]:
+    """`grant`, whose leases may be given back only when nothing runs on the device."""
+
+    def granted(*args: Any, **named: Any) -> Any:
+        lease = grant(*args, **named)
+        give = lease.release
+
+        def release() -> None:
+            assert not any(device.running.values()), "the device still works on these slots"
+            give()
+
+        return SimpleNamespace(indices=lease.indices, revoked=False, release=release)
+
+    return granted
+
+
+@pytest.mark.parametrize("turns", [False, True], ids=["on its own lane", "taking turns"])
+async def test_a_lease_is_given_back_when_the_device_is_done_with_it(turns: bool) -> None:
+    device, queue = Device(), Queue()
+    home, serving = DeviceLane("training", device, ahead=1), DeviceLane("inference", device, ahead=0)
+    pool = SlotPool(Slots(), watermark=0.0)
+
+    async def finish(job: Any, run: Any) -> None:
+        queue.done.set()
+
+    trainer = Trainer(
+        queue,  # type: ignore[arg-type]
+        pool,
+        start_job=lambda job, path: fake_run(device),
+        finish_job=finish,
+        order=FirstCome(),
+        max_running=1,
+        lane=home,
+        memory_lane=DeviceLane("memory", Device(), ahead=0),
+        on_change=lambda: trainer.wake(),
+    )
+    pool.grant = watched(pool.grant, device)  # type: ignore[method-assign]
+    pool.grant_contiguous = watched(pool.grant_contiguous, device)  # type: ignore[method-assign]
+    task = asyncio.create_task(trainer.run())
+    while not queue.done.is_set():
+        trainer.launch(1, serving if turns else home)
+        await asyncio.sleep(0)
+        assert not task.done(), task.exception()
+    task.cancel()
+    assert device.happened == ["begin", "unit", "unit", "unit", "finish", "step"]
+
+
+async def test_lanes_are_arranged_before_a_step_is_launched() -> None:
+    happened: list[str] = []
+    runtime = ScriptedRuntime()
+    execute = runtime.execute
+
+    def noting(plan: Any) -> Any:
+        happened.append("step")
+        return execute(plan)
+
+    def arrange(decision: Decision) -> None:
+        happened.append(f"arrange {decision.mode}")
+
+    runtime.execute = noting  # type: ignore[method-assign]
+    inference, training = Lane("inference"), Lane("training")
+    engine = Engine(
+        runtime, SlotPool(Slots(), watermark=0.0), Scheduler(Predictor(), "serve_only"),
+        NoTraining(), SloTracker(100, 1000), inference, training, max_queued=3, arrange=arrange,  # type: ignore[arg-type]
+    )  # fmt: skip
+    task = asyncio.create_task(engine.run())
+    await tokens(engine, ask("r", 2))
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    inference.close()
+    training.close()
+    first = happened.index("step")
+    assert happened[first - 1 : first + 3] == ["arrange pause", "step", "arrange pause", "step"]
+
+
+async def test_a_lane_drains_on_its_own_thread_and_only_with_a_device() -> None:
+    where: list[str] = []
+
+    def finish() -> None:
+        import threading
+
+        where.append(threading.current_thread().name)
+
+    lane, plain = Lane("gpu", finish=finish), Lane("cpu")
+    await lane.drain()
+    await plain.drain()
+    lane.close()
+    plain.close()
+    assert [name.partition("_")[0] for name in where] == ["gpu"]
+
+
+async def test_what_is_learned_is_learned_for_the_split_it_ran_on() -> None:
+    seen: list[Split | None] = []
+
+    class Noting(Predictor):
+        def observe(self, *args: Any, split: Split | None = None, **named: Any) -> None:
+            seen.append(split)
+
+    class OnSplit(Scheduler):
+        def decide(self, *args: Any) -> Decision:
+            return Decision("partition", "always", serve=True, units=0, split=half)
+
+    half = Split("64+68", 64 / 132, 68 / 132)
+    inference, training = Lane("inference"), Lane("training")
+    engine = Engine(
+        ScriptedRuntime(), SlotPool(Slots(), watermark=0.0), OnSplit(Noting(), "serve_only"),
+        NoTraining(), SloTracker(100, 1000), inference, training, max_queued=3,  # type: ignore[arg-type]
+    )  # fmt: skip
+    task = asyncio.create_task(engine.run())
+    await tokens(engine, ask("r", 2))
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    inference.close()
+    training.close()
+    assert seen[0] == half
