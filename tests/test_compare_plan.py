@@ -18,6 +18,7 @@ from harli_appliance.bench.compare_plan import (
     parse_replay,
     parse_slos,
     stretch,
+    without_folders,
 )
 from harli_appliance.bench.compare_store import CompareStore, Moment, Request, RunFile, Rung
 from harli_appliance.bench.comparison import RunResult
@@ -75,6 +76,12 @@ def test_other_words() -> None:
     for wrong in (lambda: parse_milliseconds("slo-ttft", "5x"), lambda: parse_replay("ftp")):
         with pytest.raises(UsageError, match=r"--(slo-ttft|replay)"):
             wrong()
+
+
+def test_a_reports_command_names_no_folder_of_this_machine() -> None:
+    command = "harli bench run --trace '/a/my traces/t.csv' --out=/tmp/x/out --slo-tpot 1.5x,2x --loads 0.3"
+    shown = "harli bench run --trace t.csv --out=out --slo-tpot 1.5x,2x --loads 0.3"
+    assert without_folders(command) == shown
 
 
 # -- runs --------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any, Final
 from rich.console import Console
 
 from harli_appliance import __version__
-from harli_appliance.bench.compare_plan import ComparePlan
+from harli_appliance.bench.compare_plan import ComparePlan, without_folders
 from harli_appliance.bench.engine_bench import measure_in_engine
 from harli_appliance.bench.machine import describe_machine
 from harli_appliance.bench.violation import TOKENS, violation
@@ -51,8 +51,8 @@ def build_report(found: Mapping[str, Any], plan: ComparePlan, typed: str) -> dic
     return {
         "harli_version": __version__,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": typed,
-        "model": plan.model,
+        "command": without_folders(typed),
+        "model": Path(plan.model).name,
         "trace": plan.trace.name if plan.trace else "synthetic",
         "slo": {"label": plan.slos[0].label, "tpot_ms": round(found["slo_tpot_ms"], 3)},
         "factor": found["factor"],

@@ -6,6 +6,7 @@ Knows what a person writes on the command line and the files that keep it. Measu
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,6 +250,18 @@ def parse_replay(text: str) -> Replay:
         if text == way:
             return way  # type: ignore[no-any-return]
     raise UsageError(f"--replay '{text}': choose engine or http", param="replay")
+
+
+def without_folders(command: str) -> str:
+    """A command for a report that is shown to others: files by name, wherever they lie here."""
+    words = []
+    for word in shlex.split(command):
+        flag, separator, value = word.partition("=")
+        is_flag = bool(separator) and flag.startswith("-")
+        path = value if is_flag else word
+        name = Path(path).name if "/" in path else path
+        words.append(f"{flag}={name}" if is_flag else name)
+    return shlex.join(words)
 
 
 def _distinct(name: str, found: Sequence[Item]) -> tuple[Item, ...]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harli_appliance.bench.compare_page import build_page
-from harli_appliance.bench.compare_plan import ComparePlan, Run
+from harli_appliance.bench.compare_plan import ComparePlan, Run, without_folders
 from harli_appliance.bench.compare_store import Basis, CompareStore, RunFile
 from harli_appliance.bench.comparison import build_report
 from harli_appliance.bench.machine import describe_machine
@@ -45,7 +45,7 @@ def write_results(store: CompareStore, plan: ComparePlan, trace: Trace, command:
         trace=_trace(plan, trace),
         machine=describe_machine(),
         simulated=False,
-        command=command,
+        command=without_folders(command),
         context=_context(plan, basis),
     )
     write_report(store.folder, "report", report, build_page(report, found))
@@ -72,7 +72,7 @@ def _trace(plan: ComparePlan, trace: Trace) -> dict[str, Any]:
 
 def _context(plan: ComparePlan, basis: Basis) -> dict[str, Any]:
     return {
-        "model": plan.model,
+        "model": Path(plan.model).name,
         "replay": plan.replay,
         "repetitions": plan.repetitions,
         "seconds": plan.seconds,

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harli_appliance import __version__
-from harli_appliance.bench.compare_plan import ComparePlan
+from harli_appliance.bench.compare_plan import ComparePlan, without_folders
 from harli_appliance.bench.engine_bench import measure_in_engine
 from harli_appliance.bench.machine import describe_machine
 from harli_appliance.bench.predictor_errors import PARTS, STEPS, Observed, errors
@@ -55,8 +55,8 @@ def build_report(
     return {
         "harli_version": __version__,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": typed,
-        "model": plan.model,
+        "command": without_folders(typed),
+        "model": Path(plan.model).name,
         "trace": plan.trace.name if plan.trace else "synthetic",
         "quantile": QUANTILE,
         "learned_steps": len(learned),

@@ -52,8 +52,12 @@ class Session:
     Args:
         model: the name to ask for.
         prompts: made for that model.
-        training: has something to train from when its `start` was awaited.
-        seed: of the words of prompts.
+        sequence_tokens: of a micro-batch of the finetuning job.
+        ttft_ms: promised in every replay.
+        seed: of the requests that are asked one by one, and of the words of prompts.
+
+    Attributes:
+        training: the finetuning job; begins when its `start` is awaited.
     """
 
     def __init__(
