@@ -93,13 +93,22 @@ def test_the_predictors_goals() -> None:
 def tokens(gap_after_s: float) -> dict[str, Any]:
     """An answer of 20 tokens, 0.1 s each until the change at 1 s, then slower; 0.15 s are promised."""
     times = [0.1 * index for index in range(11)] + [1.0 + gap_after_s * index for index in range(1, 10)]
-    return {"slo_tpot_ms": 150.0, "factor": 2.0, "changed_at": 1.0, "ended_at": 4.0, "answers": [times]}
+    return {
+        "slo_tpot_ms": 150.0,
+        "factor": 2.0,
+        "changed_at": 1.0,
+        "ended_at": 4.0,
+        "modes": [[0.5, "partition"], [1.5, "pause"], [2.0, "pause"], [2.5, "pause"], [3.0, "partition"]],
+        "answers": [times],
+    }
 
 
 def test_the_goal_of_adapting() -> None:
     slower = adapt.build_report(tokens(0.2), PLAN, "harli bench adapt")
     assert slower["violated_s"] == 0.0  # what was gained before pays for nine slower tokens
     assert slower["goals"]["violated_s"]["met"]
+    assert slower["modes_before"] == {"partition": 1.0}
+    assert slower["modes_after"] == {"pause": 0.75, "partition": 0.25}
     stuck = adapt.build_report(tokens(0.6), PLAN, "harli bench adapt")
     assert stuck["violated_before_s"] == 0.0
     assert stuck["violated_s"] > 2.0

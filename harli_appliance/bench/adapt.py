@@ -7,7 +7,8 @@ The tokens come from an engine in a process of its own (`adapt_run`). Knows the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -61,6 +62,8 @@ def build_report(found: Mapping[str, Any], plan: ComparePlan, typed: str) -> dic
         "violated_before_s": round(before.total_s, 3),
         "violated_s": round(late.total_s, 3),
         "last_violation_s": round(late.last_s, 3),
+        "modes_before": _shares(mode for at, mode in found["modes"] if at < changed),
+        "modes_after": _shares(mode for at, mode in found["modes"] if at >= changed),
         "goals": {
             "violated_s": {
                 "title": "time for which an answer was behind its schedule after the change",
@@ -71,6 +74,12 @@ def build_report(found: Mapping[str, Any], plan: ComparePlan, typed: str) -> dic
         },
         "machine": describe_machine(),
     }
+
+
+def _shares(modes: Iterable[str]) -> dict[str, float]:
+    """How often the engine was in each mode when it noted its state."""
+    counted = Counter(modes)
+    return {mode: round(count / counted.total(), 4) for mode, count in counted.most_common()}
 
 
 def print_result(report: Mapping[str, Any], console: Console) -> None:

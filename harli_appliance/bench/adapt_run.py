@@ -90,6 +90,7 @@ async def record_tokens(
         "factor": task["factor"],
         "changed_at": changed[0],
         "ended_at": seen.start + plan.length_s,
+        "modes": [[sample.t, sample.mode] for sample in seen.samples],
         "answers": [_arrivals(record) for _, record in seen.answers if record.ttft_s is not None],
     }
     (Path(task["out"]) / TOKENS).write_text(json.dumps(content), encoding="utf-8")
