@@ -180,6 +180,25 @@ def test_a_comparison(tmp_path: Path, prompts: Prompts, monkeypatch: pytest.Monk
         assert {v["rival"] for v in section["verdicts"].values()} == {"serve_only"}
 
 
+def test_the_capacity_holds_in_every_part_of_the_trace(
+    tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = {
+        "slos": PLAN.slos[:1],
+        "loads": (90,),
+        "repetitions": 3,
+        "policies": ("serve_only",),
+        "variation": 1.5,
+    }
+    report = compare(PLAN.model_copy(update=busy), tmp_path, prompts, monkeypatch)
+    found = report["policies"]["serve_only"]["90"]["runs"]
+    assert [run["attainment"] for run in found] == [1.0, 1.0, 1.0]
+    # In one of the other parts the rate that the first part allows would be too much.
+    assert report["slo"]["capacity_per_s"] < max(
+        rung["rate_per_s"] for rung in report["ladder"] if rung["attainment"]["2x"] == 1.0
+    )
+
+
 def test_all_policies_get_the_same_requests_with_other_words(
     tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

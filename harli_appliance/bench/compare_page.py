@@ -224,8 +224,9 @@ def _method(report: Mapping[str, Any]) -> Words:
             f"{how}, and none waited for another one to be answered.",
             f"A run lasts {report['seconds']:g} s, after {report['lead_s']:g} s that do not count. A job with "
             "more data than the runs can use was active throughout. Before them, rates were tried until the "
-            "one was found at which serving alone breaks the promise, and serving and training ran together once, "
-            "so that the latency predictor knew this machine.",
+            "one was found at which serving alone breaks the promise, and lowered until serving alone kept it "
+            "at the highest load in all parts of the trace. Serving and training then ran together once, so "
+            "that the latency predictor knew this machine.",
             "Speeds are means over the repetitions with Student's t intervals; the difference to a rival is taken "
             "repetition by repetition. Attainment is over all requests of all repetitions, with Wilson's "
             "interval. With few requests it is wide: one miss in fewer than 100 is already less than 99%.",

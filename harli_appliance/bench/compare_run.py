@@ -20,13 +20,16 @@ from harli_appliance.bench.replay import Record, Slo, percentiles
 from harli_appliance.bench.session import FREE_SLO_MS, Replayed, Session, Tell, p99_tpot_ms
 from harli_appliance.bench.system import System
 from harli_appliance.bench.traces import Trace
-from harli_appliance.bench.verdict import REFERENCE
+from harli_appliance.bench.verdict import ATTAINMENT_GOAL, REFERENCE
 from harli_appliance.bench.workload import PlannedRequest
 from harli_appliance.errors import UsageError
 from harli_appliance.schema import Sample
 
 FIRST_RUNG: Final = 2.0
 """The first rate that is tried, in answers per second of serving one by one: a batch serves more than that."""
+LOWERED: Final = 0.9
+"""Factor on a capacity that turns out to be too high."""
+MOST_LOWERED: Final = 5
 WARM_UP: Final = "naive"
 """Runs beside every step, so that the predictor learns what co-running costs before any policy asks."""
 WARM_UP_S: Final = 20.0
@@ -107,6 +110,7 @@ class CompareRun:
                     "more; ask for a looser one with --slo-tpot or --slo-ttft",
                     param="slo_tpot",
                 )
+            found = await self._check_capacity(promise, found)
             targets.append(SloTarget(promise.label, promise.tpot_ms, plan.ttft_ms, found))
         return Basis(alone_ms, await self._train_alone(), tuple(targets), tuple(rungs))
 
@@ -139,6 +143,25 @@ class CompareRun:
                 for p in promises
             },
         )
+
+    async def _check_capacity(self, promise: Promise, rate: float) -> float:
+        """`rate`, lowered until serving alone keeps the promise at the highest load in the other parts of the
+        trace too: one part may be calmer than another."""
+        plan = self._plan
+        slo = Slo(promise.tpot_ms, plan.ttft_ms)
+        lowered, repetition = 0, 1
+        while repetition < plan.repetitions and lowered < MOST_LOWERED:
+            tried = rate * plan.loads[-1] / 100
+            self._tell(
+                "Capacity in other parts of the trace", None, f"{promise.label}, {tried:.2f} requests/s"
+            )
+            seen = await self._replay(stretch(self._trace, plan, tried, repetition), REFERENCE)
+            records = [record for request, record in seen.answers if request.at_s >= plan.lead_s]
+            if sum(record.meets(slo) for record in records) >= ATTAINMENT_GOAL * len(records):
+                repetition += 1
+            else:
+                rate, lowered = rate * LOWERED, lowered + 1
+        return rate
 
     async def _train_alone(self) -> float:
         """Tokens per second of training with nobody to serve."""
