@@ -35,6 +35,20 @@ def write_results(store: CompareStore, plan: ComparePlan, trace: Trace, command:
     Raises:
         ConfigError: the store has no runs.
     """
+    report, found = read_results(store, plan, trace, command)
+    write_report(store.folder, "report", report, build_page(report, found))
+    _write_csvs(store.folder, found)
+    return report
+
+
+def read_results(
+    store: CompareStore, plan: ComparePlan, trace: Trace, command: str
+) -> tuple[dict[str, Any], Found]:
+    """The report, and the runs that it is made from.
+
+    Raises:
+        ConfigError: the store has no runs.
+    """
     basis = store.basis()
     found = {run: kept for run in plan.runs() if (kept := store.read(run)) is not None}
     if basis is None or not found:
@@ -48,9 +62,7 @@ def write_results(store: CompareStore, plan: ComparePlan, trace: Trace, command:
         command=without_folders(command),
         context=_context(plan, basis),
     )
-    write_report(store.folder, "report", report, build_page(report, found))
-    _write_csvs(store.folder, found)
-    return report
+    return report, found
 
 
 def _trace(plan: ComparePlan, trace: Trace) -> dict[str, Any]:
