@@ -9,7 +9,8 @@
 #   benchmarks/gpu_all.sh KIT OUT compare     the policies; call it again until it says that it is complete
 #   benchmarks/gpu_all.sh KIT OUT all         one after the other, each going on when the one before failed
 #
-# OUT receives the JSON files and a log of each call. Not yet run on a GPU.
+# OUT receives the JSON files and a log of each call. The names of the splits are those of 132 SMs (H100, H200);
+# POLICIES names others, and LOADS, REPETITIONS and RUN_SECONDS measure more. Not yet run on a GPU.
 set -u
 kit=$(realpath -m "${1:?usage: gpu_all.sh KIT OUT STAGE}")
 out=$(realpath -m "${2:?usage: gpu_all.sh KIT OUT STAGE}")
@@ -22,6 +23,12 @@ shapes=${SHAPES:-llama-3-8b}
 limit=${LIMIT:-560}
 port=${PORT:-8321}
 slots=${SLOTS:-131072}
+policies=${POLICIES:-adaptive,harli,naive,static:32+100,static:64+68,static:96+36,time_slice,time_slice:64,serve_only}
+slos=${SLOS:-40ms,1.25x,1.5x,2x,4x}
+loads=${LOADS:-0.6}
+repetitions=${REPETITIONS:-1}
+seconds=${RUN_SECONDS:-20}
+prompt=${PROMPT_TOKENS:-4096} answer=${ANSWER_TOKENS:-512} sequence=${SEQUENCE_TOKENS:-1024}
 mkdir -p "$out"
 export HARLI_HOME="${HARLI_HOME:-/tmp/harli-home}"
 export PYTHONPATH="$site:$PWD" SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
@@ -60,8 +67,12 @@ serve() {
     return $code
 }
 compare() {
-    harli bench run --model "$model" --out "$out/compare" --resume --slo-tpot 40ms,1.25x,1.5x,2x,4x \
-        --prompt-scale 1 --output-scale 1 --max-prompt-tokens 4096 --max-output-tokens 512 --sequence-tokens 1024
+    resume=
+    [ -e "$out/compare/plan.json" ] && resume=--resume
+    # shellcheck disable=SC2086 # one flag or none
+    harli bench run --model "$model" --out "$out/compare" $resume --policies "$policies" --slo-tpot "$slos" \
+        --loads "$loads" --repetitions "$repetitions" --seconds "$seconds" --prompt-scale 1 --output-scale 1 \
+        --max-prompt-tokens "$prompt" --max-output-tokens "$answer" --sequence-tokens "$sequence"
 }
 logged() {
     echo "== $1"
