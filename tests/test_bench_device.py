@@ -15,6 +15,7 @@ from harli_appliance.bench.device_model import DeviceModel
 from harli_appliance.bench.device_rig import CpuRig
 from harli_appliance.bench.device_shapes import SHAPES
 from harli_appliance.bench.device_sharing import Sharing, Sizes
+from harli_appliance.bench.exact_prompts import WORDS, one_token_words
 from harli_appliance.bench.sections import run_sections
 from harli_appliance.device.partition import cpu_partition
 
@@ -146,5 +147,8 @@ def test_a_random_model_is_a_whole_folder(tmp_path: Path) -> None:
     size = model_size(tmp_path)
     assert size is not None
     assert size.parameters == sum(weight.numel() for weight in model.parameters())
-    tokens = AutoTokenizer.from_pretrained(tmp_path)("harli").input_ids
+    assert len(one_token_words(tmp_path)) == WORDS, "enough to make prompts of"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) <= SHAPES["tiny"].vocabulary
+    tokens = tokenizer("harli").input_ids
     assert model(torch.tensor([tokens])).logits.isfinite().all()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import string
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ DRAWN = 1 << 24
 
 
 def write_random_model(shapes: Shapes, folder: Path) -> None:
-    """Write configuration, tokenizer (of bytes) and weights; replaces what is there."""
+    """Write configuration, tokenizer and weights; replaces what is there."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -53,11 +54,7 @@ def write_random_model(shapes: Shapes, folder: Path) -> None:
         "torch_dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    letters = ["<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({letter: at for at, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    _tokenizer().save(str(folder / "tokenizer.json"))
     names = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
@@ -76,6 +73,19 @@ def write_random_model(shapes: Shapes, folder: Path) -> None:
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _tokenizer() -> Tokenizer:
+    """Bytes, and words of one and two letters after a space: prompts of an exact length are made of such words."""
+    space, letters = "Ġ", string.ascii_lowercase
+    merges = [(space, letter) for letter in letters]
+    merges += [(space + first, second) for first in letters for second in letters]
+    tokens = ["<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += [left + right for left, right in merges]
+    tokenizer = Tokenizer(models.BPE({token: at for at, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def _filled(shape: tuple[int, ...], drawn: Tensor) -> Tensor:
