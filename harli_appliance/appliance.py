@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,7 @@ from harli_appliance.device.monitor_cpu import CpuGauges
 from harli_appliance.device.monitor_gpu import GpuGauges
 from harli_appliance.device.partition import Partition, cpu_name, cpu_partition, describe_cores
 from harli_appliance.engine.adapters import AdapterShelf
+from harli_appliance.engine.calibration import Calibration, rounds
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.lanes import Lane
 from harli_appliance.errors import (
@@ -53,7 +55,7 @@ from harli_appliance.runtime.text import TextCodec
 from harli_appliance.scheduling.names import without_partitions
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.scheduler import Scheduler
-from harli_appliance.scheduling.slo import SloTracker
+from harli_appliance.scheduling.slo import SloTracker, Target
 from harli_appliance.schema import (
     ModelView,
     PartitionView,
@@ -68,6 +70,7 @@ from harli_appliance.store.predictor import load_predictor, save_predictor
 from harli_appliance.store.usage import UsageLog
 from harli_appliance.training import checkpoints
 from harli_appliance.training.backbone import Backbone
+from harli_appliance.training.exercise import Exercise
 from harli_appliance.training.fairness import make_order
 from harli_appliance.training.hyperparameters import adapter_name
 from harli_appliance.training.job_run import JobRun, RunOptions
@@ -108,6 +111,7 @@ class Appliance:
         self._name = settings.model.served_name or folder.name
         self._state: Literal["starting", "ready", "stopping"] = "starting"
         self._started = time.monotonic()
+        self._calibrated: float | None = None
         self._queue = JobQueue(
             database,
             settings,
@@ -130,7 +134,15 @@ class Appliance:
             self._inference = Lane("inference", partition.inference)
             self._training = Lane("training", partition.training)
         self._monitor = Monitor(GpuGauges if gpu is not None else partial(CpuGauges, partition))
-        self._slo = SloTracker(settings.slo.tpot_ms, settings.slo.ttft_ms)
+        slo = settings.slo
+        self._slo = SloTracker(
+            slo.tpot_ms,
+            slo.ttft_ms,
+            {
+                "interactive": Target(slo.interactive.tpot_ms, slo.interactive.ttft_ms),
+                "batch": Target(slo.batch.tpot_ms, slo.batch.ttft_ms),
+            },
+        )
         splits = () if self._cuda is None else self._cuda.splits
         self._scheduler = Scheduler(Predictor(settings.scheduling.bound_quantile), policy, splits)
         self._tasks: list[asyncio.Task[None]] = []
@@ -170,8 +182,12 @@ class Appliance:
             undo.pop_all()
             return appliance
 
-    async def start(self) -> None:
-        """Load the model, take up interrupted jobs, and begin to tick."""
+    async def start(self, on_calibration: Callable[[float], None] = lambda _: None) -> None:
+        """Load the model, take up interrupted jobs, and begin to tick.
+
+        Args:
+            on_calibration: called with the share of the calibration that is done, where there is one.
+        """
         # Imported here: SGLang takes seconds to import, which would hold up the probes on this loop, and one
         # that is not the version we know must be told of before anything of it is used.
         from harli_appliance.runtime import internals
@@ -244,7 +260,7 @@ class Appliance:
         self._completions = Completions(
             self._name, self._codec, self._engine, self._shelf, self._usage, self._runtime.context_length
         )
-        await self._restore()
+        await self._restore(on_calibration)
         self._tasks.append(asyncio.create_task(self._engine.run(), name="engine"))
         self._tasks.append(asyncio.create_task(self._save_predictor_forever(), name="predictor"))
         if self._finetunes and settings.training.enabled:
@@ -280,10 +296,13 @@ class Appliance:
     def _finetunes(self) -> bool:
         return self._finetuning_obstacle is None
 
-    async def _restore(self) -> None:
+    async def _restore(self, on_calibration: Callable[[float], None]) -> None:
         """What earlier processes left: the predictor, interrupted jobs, finished adapters."""
         saved = await self._database.run(lambda db: load_predictor(db, *self._predictor_key))
-        if saved is not None:
+        wanted = self._settings.scheduling.calibration
+        if wanted == "always" or (wanted == "first_start" and saved is None):
+            await self._calibrate(on_calibration)
+        elif saved is not None:
             self._scheduler.predictor.restore(saved)
         await self._queue.recover()
         for adapter in await self._queue.adapters():
@@ -291,6 +310,27 @@ class Appliance:
                 await self._shelf.put(adapter.name, adapter.path, adapter.job_id)
             except HarliError as error:
                 log.error("an adapter cannot be served", adapter=adapter.name, why=error.message)
+
+    async def _calibrate(self, on_progress: Callable[[float], None]) -> None:
+        def note(share: float) -> None:
+            self._calibrated = share
+            on_progress(share)
+
+        note(0.0)
+        settings = self._settings
+        calibration = Calibration(
+            self._runtime,
+            self._scheduler.predictor,
+            self._inference,
+            self._training,
+            Exercise(self._backbone, settings.training.window_tokens) if self._finetunes else None,
+            vocabulary=self._runtime.vocabulary,
+            on_progress=note,
+        )
+        running = settings.model.max_running_requests
+        await calibration.run(rounds(settings.memory.pool_slots, self._runtime.context_length, running))
+        await self._save_predictor()
+        self._calibrated = None
 
     @property
     def _predictor_key(self) -> tuple[str, str, str]:
@@ -396,7 +436,10 @@ class Appliance:
 
     def _require_ready(self) -> None:
         if self._state != "ready":
-            raise ApplianceUnavailable(f"the appliance is {self._state}; try again in a moment")
+            doing = (
+                "" if self._calibrated is None else f" (measuring the device, {self._calibrated:.0%} done)"
+            )
+            raise ApplianceUnavailable(f"the appliance is {self._state}{doing}; try again in a moment")
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Serve an adapter from a folder under `name`, in the place of one that had it.
@@ -487,10 +530,9 @@ class Appliance:
 
     async def change_policy(self, change: PolicyChange) -> Status:
         self._require_ready()
-        if change.slo_tpot_ms is not None:
-            self._slo.tpot_ms = change.slo_tpot_ms
-        if change.slo_ttft_ms is not None:
-            self._slo.ttft_ms = change.slo_ttft_ms
+        now = self._slo.target
+        tpot, ttft = change.slo_tpot_ms or now.tpot_ms, change.slo_ttft_ms or now.ttft_ms
+        self._slo.target = Target(tpot, ttft)
         if change.policy is not None:
             self._engine.use_policy(change.policy)
         return await self.status()

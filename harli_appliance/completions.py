@@ -85,7 +85,7 @@ class Completions:
                 adapter = None if call.model == self._base else self._shelf.begin(call.model, request)
                 submission = Submission(request, prompt, sampling_of_choice(sampling, choice), adapter)
                 try:
-                    streams.append(self._engine.submit(submission))
+                    streams.append(self._engine.submit(submission, call.slo_class))
                 except HarliError:
                     self._shelf.end(request)
                     raise

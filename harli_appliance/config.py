@@ -59,11 +59,31 @@ class ModelSettings(Section):
     max_running_requests: int = Field(32, ge=1, description="Requests decoded together at most.")
 
 
+_KEYS = "API keys whose requests are of this class when they do not name one; they open the API too."
+
+
+class InteractiveSlo(Section):
+    tpot_ms: float = Field(150.0, gt=0, description='Of class interactive (`service_tier: "priority"`).')
+    ttft_ms: float = Field(3_000.0, gt=0, description="Of class interactive.")
+    api_keys: tuple[SecretStr, ...] = Field((), description=_KEYS)
+
+
+class BatchSlo(Section):
+    tpot_ms: float = Field(1_000.0, gt=0, description='Of class batch (`service_tier: "flex"`).')
+    ttft_ms: float = Field(60_000.0, gt=0, description="Of class batch.")
+    api_keys: tuple[SecretStr, ...] = Field((), description=_KEYS)
+
+
 class SloSettings(Section):
     tpot_ms: float = Field(
-        250.0, gt=0, description="Promised time per output token of a request, in milliseconds."
+        250.0,
+        gt=0,
+        description="Promised time per output token of a request, in milliseconds; of class standard, to which "
+        "requests belong that say nothing.",
     )
     ttft_ms: float = Field(10_000.0, gt=0, description="Promised time to the first token, in milliseconds.")
+    interactive: InteractiveSlo = InteractiveSlo()
+    batch: BatchSlo = BatchSlo()
 
 
 class SchedulingSettings(Section):
@@ -71,6 +91,12 @@ class SchedulingSettings(Section):
         DEFAULT_POLICY,
         description="How serving and training share the device.",
         json_schema_extra={"enum": list(POLICY_NAMES)},
+    )
+    calibration: Literal["first_start", "always", "never"] = Field(
+        "first_start",
+        description="When to measure steps before serving, for some 20 seconds: at the first start with this "
+        "model on this device, at every start, or never. Without it, training waits beside requests until "
+        "enough of them were served.",
     )
     bound_quantile: float = Field(
         0.99, gt=0.5, lt=1.0, description="Share of steps that must stay under the predicted bound."

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from harli_appliance.config import CONFIG_FILE, Section, Settings
@@ -54,20 +55,24 @@ class Setting:
 
     @property
     def variable(self) -> str:
-        return "HARLI_" + "__".join(filter(None, (self.section, self.name))).upper()
+        return "HARLI_" + "__".join((*filter(None, self.section.split(".")), self.name)).upper()
 
 
 def settings_reference() -> list[Setting]:
     """Every setting, in the order of the tree."""
-    found: list[Setting] = []
-    for name, field in Settings.model_fields.items():
+    return list(_settings_of(Settings, ""))
+
+
+def _settings_of(model: type[BaseModel], section: str) -> Iterator[Setting]:
+    """A section's own settings come before the sections in it, as TOML wants it."""
+    inner = []
+    for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            found += [
-                _setting(name, inner, inside) for inner, inside in field.annotation.model_fields.items()
-            ]
+            inner.append((name, field.annotation))
         else:
-            found.append(_setting("", name, field))
-    return found
+            yield _setting(section, name, field)
+    for name, kind in inner:
+        yield from _settings_of(kind, f"{section}.{name}".removeprefix("."))
 
 
 def toml_text() -> str:

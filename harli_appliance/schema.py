@@ -13,8 +13,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 from harli_appliance.errors import UsageError
 from harli_appliance.scheduling.names import POLICY_NAMES, check_policy
 
-Mode = Literal["idle", "pause", "time_slice", "partition", "training"]
-"""What a tick does: nothing; serve while training waits; alternate; both lanes at once; train only."""
+Mode = Literal["idle", "pause", "time_slice", "partition", "fused", "training"]
+"""What a tick does: nothing; serve while training waits; alternate; both lanes at once; training tokens in the
+serving step; train only."""
 
 
 def _known_policy(name: str) -> str:
@@ -38,6 +39,10 @@ ENDED: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
 """The states that a job never leaves."""
 
 
+SloClass = Literal["interactive", "standard", "batch"]
+"""Who waits for the answer: a person who reads along, an application, nobody."""
+
+
 class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -50,11 +55,24 @@ class Percentiles(Wire):
     last: float | None = None
 
 
-class SloView(Wire):
+class SloClassView(Wire):
+    name: SloClass
     tpot_ms: float
     ttft_ms: float
+    requests: int
+    """Since start."""
     attainment: float | None = None
-    """Share of finished requests of the recent window (last 512) that met both targets."""
+    tpot_p99_ms: float | None = None
+    ttft_p99_ms: float | None = None
+
+
+class SloView(Wire):
+    tpot_ms: float
+    """The promise to class ``standard``, as `ttft_ms`."""
+    ttft_ms: float
+    attainment: float | None = None
+    """Share of finished requests of the recent window (last 512) that met both targets of their class."""
+    classes: list[SloClassView] = []
 
 
 class ServingView(Wire):
@@ -178,7 +196,9 @@ class Status(Wire):
     """Those that this appliance can use."""
     mode: Mode
     reason: str
-    """Why the scheduler decided as it did in the last tick, one short code."""
+    """Why the scheduler decided as it did in the last tick, one short code; see `scheduling.reasons`."""
+    ticks: dict[str, int] = {}
+    """Ticks since start, by their reason."""
     slo: SloView
     serving: ServingView
     training: TrainingView

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ async def _serve(settings: Settings) -> int:
         listener = await serve(create_app(appliance, settings), settings.server.host, settings.server.port)
         try:
             log.info("loading the model", model=settings.model.path, url=listener.url)
-            starting = asyncio.create_task(appliance.start())
+            starting = asyncio.create_task(appliance.start(calibration_teller()))
             stopped = asyncio.create_task(stop.wait())
             await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
@@ -125,6 +126,34 @@ async def _serve(settings: Settings) -> int:
     finally:
         await appliance.close()
     return 0
+
+
+def calibration_teller() -> Callable[[float], None]:
+    """Says how far a calibration is: a progress bar where a person looks, else a line at each quarter."""
+    log = structlog.get_logger("harli_appliance")
+    if not sys.stderr.isatty():
+        told = -1
+
+        def tell(share: float) -> None:
+            nonlocal told
+            if int(4 * share) > told:
+                told = int(4 * share)
+                log.info("measuring the device", done=f"{share:.0%}")
+
+        return tell
+    from rich.console import Console
+    from rich.progress import Progress
+
+    progress = Progress(console=Console(stderr=True), transient=True)
+    task = progress.add_task("measuring the device", total=1.0)
+
+    def draw(share: float) -> None:
+        progress.start()
+        progress.update(task, completed=share)
+        if share >= 1.0:
+            progress.stop()
+
+    return draw
 
 
 if __name__ == "__main__":

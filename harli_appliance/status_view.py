@@ -11,7 +11,7 @@ from harli_appliance.device.monitor import Reading
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.telemetry import pool_view
 from harli_appliance.scheduling.scheduler import Scheduler
-from harli_appliance.scheduling.slo import Quantiles
+from harli_appliance.scheduling.slo import Quantiles, SloTracker
 from harli_appliance.schema import (
     HardwareView,
     JobView,
@@ -21,6 +21,7 @@ from harli_appliance.schema import (
     PredictorView,
     RunningJobView,
     ServingView,
+    SloClassView,
     SloView,
     TrainingView,
 )
@@ -33,6 +34,7 @@ class EngineViews(TypedDict):
     policy: str
     mode: Mode
     reason: str
+    ticks: dict[str, int]
     slo: SloView
     serving: ServingView
     training: TrainingView
@@ -46,7 +48,8 @@ def engine_views(engine: Engine, scheduler: Scheduler, trainer: Trainer) -> Engi
         policy=scheduler.policy_name,
         mode=now.decision.mode,
         reason=now.decision.reason,
-        slo=SloView(tpot_ms=slo.tpot_ms, ttft_ms=slo.ttft_ms, attainment=slo.attainment),
+        ticks={str(reason): count for reason, count in now.ticks.items()},
+        slo=_slo(slo),
         serving=ServingView(
             running=now.depth.running,
             waiting=now.depth.waiting,
@@ -109,6 +112,26 @@ def job_views(jobs: Sequence[Job], trainer: Trainer) -> list[JobView]:
         )
         for job in jobs
     ]
+
+
+def _slo(slo: SloTracker) -> SloView:
+    return SloView(
+        tpot_ms=slo.target.tpot_ms,
+        ttft_ms=slo.target.ttft_ms,
+        attainment=slo.attainment,
+        classes=[
+            SloClassView(
+                name=name,
+                tpot_ms=ledger.target.tpot_ms,
+                ttft_ms=ledger.target.ttft_ms,
+                requests=ledger.requests,
+                attainment=ledger.attainment.share,
+                tpot_p99_ms=ledger.tpot.at(99),
+                ttft_p99_ms=ledger.ttft.at(99),
+            )
+            for name, ledger in slo.classes.items()
+        ],
+    )
 
 
 def _percentiles(values: Quantiles) -> Percentiles:

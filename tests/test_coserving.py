@@ -23,8 +23,10 @@ from harli_appliance.runtime.protocol import Sampling, Submission
 from harli_appliance.runtime.text import TextCodec
 from harli_appliance.runtime.weights import assert_shared, shared_model
 from harli_appliance.scheduling.predictor import Predictor
+from harli_appliance.scheduling.regime import ENOUGH
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.scheduling.slo import SloTracker
+from harli_appliance.scheduling.types import Step
 from harli_appliance.schema import JobOrder
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.fairness import make_order
@@ -149,6 +151,7 @@ class Rig:
     queue: FakeQueue
     backbone: Backbone
     adapters: Path
+    predictor: Predictor
 
     def weights_of(self, job: str) -> bytes:
         return (self.adapters / job / "adapter_model.safetensors").read_bytes()
@@ -206,12 +209,13 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
             queue, pool, start_job=start, finish_job=finish, order=make_order(order), max_running=4,
             lane=lane, memory_lane=serving.lane, on_change=lambda: engine.wake(),
         )  # fmt: skip
+        predictor = Predictor()
         engine = Engine(
-            serving.runtime, pool, Scheduler(Predictor(), policy), trainer, SloTracker(1e6, 1e6), serving.lane,
+            serving.runtime, pool, Scheduler(predictor, policy), trainer, SloTracker(1e6, 1e6), serving.lane,
             lane, max_queued=64,
         )  # fmt: skip
         tasks.extend([asyncio.create_task(engine.run()), asyncio.create_task(trainer.run())])
-        return Rig(engine, trainer, pool, queue, backbone, tmp_path / "adapters")
+        return Rig(engine, trainer, pool, queue, backbone, tmp_path / "adapters", predictor)
 
     yield build
     for task in tasks:
@@ -240,12 +244,17 @@ def test_the_twin_copies_nothing_and_computes_the_same(serving: Serving, referen
         assert_shared(reference, serving.runtime.model)
 
 
-@pytest.mark.parametrize("policy", ["adaptive", "time_slice", "time_slice:64", "harli", "naive"])
+@pytest.mark.parametrize(
+    "policy", ["adaptive", "time_slice", "time_slice:64", "naive", "flexllm", "llmstation"]
+)
 async def test_served_tokens_are_the_same_with_training(
     rig: RigFactory, serving: Serving, reference: Any, policy: str
 ) -> None:
     weights = digest(serving)
     made = await rig(policy, a_job(epochs=20))
+    for batch in range(1, ENOUGH + 1):  # as if calibrated: the requests here are too few for that
+        made.predictor.observe(Step("decode", batch, 20 * batch), 5.0 + batch)
+        made.predictor.observe(Step("prefill", batch, 20 * batch, 20 * batch), 5.0 + 2 * batch)
     count = 0
     while not made.queue.ended.is_set() and count < 40:
         batch = [prompt(count + i, 10 + 7 * i) for i in range(3)]
@@ -256,6 +265,8 @@ async def test_served_tokens_are_the_same_with_training(
             assert tokens == greedy(reference, ids, 12)
         count += len(batch)
     assert made.trainer.state().tokens > 0, "training must have run beside the requests"
+    reasons = {"flexllm": {"fused_budget", "backward_between"}, "llmstation": {"its_tasklet"}}
+    assert reasons.get(policy, set()) <= set(made.engine.state().ticks)
     assert digest(serving) == weights, "the base weights changed"
     made.queue.ask("cancel")
     made.trainer.wake()

@@ -22,7 +22,7 @@ from harli_appliance.scheduling.policies.hysteresis import Hysteresis
 from harli_appliance.scheduling.policies.margin import MOST, START, Margin
 from harli_appliance.scheduling.policies.prompts import RECENT, UNKNOWN_SHARE, Prompts
 from harli_appliance.scheduling.predictor import Predictor
-from harli_appliance.scheduling.reasons import MEANING
+from harli_appliance.scheduling.reasons import in_words
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.scheduling.slo import SloTracker
 from harli_appliance.scheduling.types import Bound, Decision, Outlook, Split, Step
@@ -33,7 +33,14 @@ DECODE = Step("decode", 4, 400)
 PREFILL = Step("prefill", 1, 200, 100)
 TPOT = 100.0
 
-OPEN_LOOP = {"naive", "static", "train_only", *(name for name in POLICY_NAMES if ":" in name)}
+OPEN_LOOP = {
+    "naive",
+    "static",
+    "llmstation",
+    "adaptive-no-predictor",
+    "train_only",
+    *(name for name in POLICY_NAMES if ":" in name),
+}
 """Policies that by definition ask no prediction for leave."""
 
 
@@ -97,6 +104,10 @@ def test_every_name_makes_a_policy_and_others_list_the_known_ones() -> None:
         ("time_slice", None, math.inf, READY, "training"),
         ("time_slice:64", DECODE, 1e6, READY, "pause"),
         ("time_slice:64", None, math.inf, READY, "training"),
+        ("adaptive-no-predictor", DECODE, TPOT, READY, "partition"),
+        ("adaptive-no-predictor", DECODE, TPOT - 1.0, READY, "pause"),
+        ("adaptive-no-partitions", DECODE, 1e6, READY, "time_slice"),
+        ("llmstation", DECODE, -1e6, READY, "partition"),
         ("naive", DECODE, -1e6, READY, "partition"),
         ("static", DECODE, -1e6, READY, "partition"),
         ("naive", PREFILL, 1e6, IDLE, "pause"),
@@ -133,7 +144,14 @@ situations = st.builds(
     st.none() | steps,
     st.floats(-1e5, 1e5) | st.just(math.inf),
     st.floats(1.0, 1e4),
-    st.builds(Outlook, st.booleans(), times | st.just(math.nan), st.just(128), st.integers(0, 500)),
+    st.builds(
+        Outlook,
+        st.booleans(),
+        times | st.just(math.nan),
+        st.just(128),
+        st.integers(0, 500),
+        st.integers(0, 600),
+    ),
 )
 costs = st.builds(KnownCosts, st.none() | times, st.none() | times, st.floats(0.1, 20.0))
 
@@ -144,11 +162,12 @@ def test_a_decision_is_consistent(policy: str, run: list[tuple[Situation, KnownC
     made = make_policy(policy)
     for now, known in run:
         decision = made.decide(now, known)
-        assert decision.reason in MEANING
-        trains = decision.mode in ("training", "time_slice", "partition")
+        assert in_words(decision.reason) != decision.reason
+        trains = decision.mode in ("training", "time_slice", "partition", "fused")
+        assert (decision.fused_tokens > 0) == (decision.mode == "fused")
         assert (decision.units > 0) == trains
         assert now.outlook.ready or not trains
-        assert decision.serve == (decision.mode in ("pause", "time_slice", "partition"))
+        assert decision.serve == (decision.mode not in ("idle", "training"))
         assert now.step is not None or not decision.serve
         if decision.mode == "training":
             assert now.step is None or policy == "train_only"
@@ -196,6 +215,41 @@ def test_a_turn_is_one_micro_batch_after_every_n_decode_steps(every: int) -> Non
         if (decision := made.decide(Situation(DECODE, 1.0, TPOT, READY), KNOWN)).mode == "time_slice":
             turns.append((tick + 1, decision.units))
     assert turns == [(every, 9), (2 * every, 9)]
+
+
+def test_a_tasklet_fits_the_promise_and_keeps_its_size() -> None:
+    made = make_policy("llmstation")
+    unknown = Outlook(ready=True)
+    assert made.decide(Situation(DECODE, 1e6, TPOT, unknown), KNOWN).units == 1
+    assert made.decide(Situation(DECODE, 1e6, TPOT, READY), KNOWN).units == 5, "100 ms of 20 ms each"
+    slower = Outlook(ready=True, unit_ms=50.0)
+    assert made.decide(Situation(PREFILL, -1e6, TPOT, slower), UNKNOWN).units == 5
+    assert made.decide(Situation(DECODE, 1e6, 2 * TPOT, slower), KNOWN).units == 4
+
+
+class Windows(KnownCosts):
+    """A prefill step takes 1 ms a token."""
+
+    def solo(self, step: Step, split: Split | None = None) -> Bound | None:
+        if step.kind == "prefill":
+            return Bound(0.9 * step.prefill_tokens, float(step.prefill_tokens))
+        return super().solo(step, split)
+
+
+def test_a_fixed_budget_of_tokens_joins_every_decode_step() -> None:
+    made, known = make_policy("flexllm"), Windows()
+    assert made.decide(Situation(PREFILL, 1e6, TPOT, READY), known).mode == "pause"
+    begins = Outlook(ready=True, unit_ms=8.0, fusible_tokens=48)
+    first = made.decide(Situation(DECODE, 1e6, TPOT, begins), known)
+    assert (first.mode, first.fused_tokens, first.units) == ("fused", 32, 1), "50 ms for it, 64 are too many"
+    last = made.decide(Situation(DECODE, -1e6, TPOT, Outlook(True, 8.0, fusible_tokens=16)), known)
+    assert last.fused_tokens == 16
+    backward = made.decide(Situation(DECODE, 1e6, TPOT, Outlook(True, 8.0)), known)
+    assert (backward.mode, backward.units) == ("time_slice", 4), "in the 32 ms of the window"
+    roomier = made.decide(Situation(DECODE, 1e6, 1000.0, Outlook(True, 8.0, fusible_tokens=512)), known)
+    assert roomier.fused_tokens == 512
+    tighter = made.decide(Situation(DECODE, 1e6, 55.0, begins), known)
+    assert tighter.mode == "pause", "not even the smallest window fits"
 
 
 def test_a_turn_waits_for_training_to_have_work() -> None:

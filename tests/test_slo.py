@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harli_appliance.scheduling.deadlines import Deadlines
-from harli_appliance.scheduling.slo import SloTracker
+from harli_appliance.scheduling.slo import RequestTiming, SloTracker, Target
 
 NAMES = st.sampled_from("abcdefgh")
 EVENTS = st.lists(
@@ -64,11 +64,45 @@ def test_a_round_is_a_token_for_every_running_request(events: list[tuple[str, st
                 known.pop(name, None)
         elif what == "promise":
             for slo in (together, single):
-                slo.tpot_ms, slo.ttft_ms = 1e3 * gap, 4e3 * gap
+                slo.target = Target(1e3 * gap, 4e3 * gap)
         dues = [
-            first[name] + tokens[name] * single.tpot_ms / 1e3 if name in first else at + single.ttft_ms / 1e3
+            first[name] + tokens[name] * single.target.tpot_ms / 1e3
+            if name in first
+            else at + single.target.ttft_ms / 1e3
             for name, at in arrived.items()
         ]
         for slo in (together, single):
             assert slo.slack_ms(now) == pytest.approx(1e3 * (min(dues, default=math.inf) - now), abs=1e-6)
     assert together.attainment == single.attainment
+
+
+def test_each_class_has_deadlines_of_its_own() -> None:
+    slo = SloTracker(100, 1000, {"interactive": Target(50, 500), "batch": Target(1000, 9000)})
+    assert slo.tightest_tpot_ms == 100, "nobody is served"
+    slo.arrived("b", 0.0, "batch")
+    assert (slo.slack_ms(0.0), slo.tightest_tpot_ms) == (9000, 1000)
+    slo.arrived("i", 0.0, "interactive")
+    assert (slo.slack_ms(0.0), slo.tightest_tpot_ms) == (500, 50)
+    for request in "bi":
+        slo.produced(request, 1, 0.1)
+    assert slo.slack_ms(0.1) == pytest.approx(50)
+    slo.decoded(0.2)
+    assert slo.slack_ms(0.2) == pytest.approx(0)
+    assert slo.ended("i", "finished") == RequestTiming(pytest.approx(100), pytest.approx(100), 2, met=False)
+    assert (slo.slack_ms(0.2), slo.tightest_tpot_ms) == (pytest.approx(1900), 1000)
+    slo.ended("b", "finished")
+    kept = {name: ledger.attainment.share for name, ledger in slo.classes.items()}
+    assert kept == {"standard": None, "interactive": 0.0, "batch": 1.0}
+    assert slo.attainment == 0.5
+    with pytest.raises(KeyError):
+        SloTracker(100, 1000).arrived("r", 0.0, "batch")
+
+
+def test_a_new_promise_to_the_standard_class_leaves_the_others_alone() -> None:
+    slo = SloTracker(100, 1000, {"interactive": Target(50, 500)})
+    slo.arrived("i", 0.0, "interactive")
+    slo.arrived("s", 0.0)
+    slo.target = Target(10, 200)
+    assert slo.slack_ms(0.0) == 200
+    slo.ended("s", "aborted")
+    assert slo.slack_ms(0.0) == 500

@@ -77,7 +77,7 @@ async def test_it_shows_what_the_appliance_says(port: FakeAppliance) -> None:
             "6 running, 1 waiting",
             "loss 1.734",
             "training core 1",
-            "both at once · slack",
+            "both at once · with training beside it",
             "leased 6,144",
             "16,384 slots",
             "ftjob-run",

@@ -10,7 +10,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from harli_appliance.api.adapters import AdapterRoutes
-from harli_appliance.api.auth import bearer_middleware
+from harli_appliance.api.auth import bearer_middleware, keys_of
 from harli_appliance.api.chat import ChatRoutes
 from harli_appliance.api.errors import add_request_id, errors_middleware
 from harli_appliance.api.files import FileRoutes
@@ -26,8 +26,8 @@ MAX_BODY = 16 << 20
 def create_app(port: AppliancePort, settings: Settings) -> web.Application:
     """The application; serve it with `api.server.serve`: there, a client that leaves cancels its request."""
     middlewares: list[Middleware] = [errors_middleware]
-    if settings.server.api_key is not None:
-        middlewares.append(bearer_middleware(settings.server.api_key.get_secret_value()))
+    if keys := keys_of(settings):
+        middlewares.append(bearer_middleware(keys))
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY)
     app.on_response_prepare.append(add_request_id)
     app.add_routes(OperationsRoutes(port).routes())

@@ -15,8 +15,9 @@ from typing import Any
 import structlog
 from aiohttp import web
 
+from harli_appliance.api.auth import CLASS_OF_KEY
 from harli_appliance.api.bodies import read_body
-from harli_appliance.api.chat_request import ChatRequest
+from harli_appliance.api.chat_request import TIER_OF_CLASS, ChatRequest
 from harli_appliance.api.errors import error_detail, request_id, unexpected
 from harli_appliance.api.ports import AppliancePort, FinishReason, Generation, Logprob
 from harli_appliance.api.wire import (
@@ -80,9 +81,10 @@ class ChatRoutes:
         body = await read_body(request, ChatRequest)
         if not self._port.ready():
             raise ApplianceUnavailable("the appliance does not serve yet; GET /ready says when")
-        generation = await self._port.chat(body.call())
+        call = body.call(request.get(CLASS_OF_KEY, "standard"))
+        generation = await self._port.chat(call)
         try:
-            answer = Answer(body, generation)
+            answer = Answer(body, generation, TIER_OF_CLASS[call.slo_class])
             return await (answer.stream(request) if body.stream else answer.whole())
         finally:
             generation.abort()
@@ -91,8 +93,9 @@ class ChatRoutes:
 class Answer:
     """One answer on its way out: the generation, and the names under which its pieces go to the client."""
 
-    def __init__(self, body: ChatRequest, generation: Generation) -> None:
+    def __init__(self, body: ChatRequest, generation: Generation, tier: str) -> None:
         self._body = body
+        self._tier = tier
         self._generation = generation
         self._tokens = 0
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -123,6 +126,7 @@ class Answer:
                 for index in range(len(texts))
             ],
             usage=self._usage(),
+            service_tier=self._tier,
         )
         return web.json_response(completion.model_dump(mode="json"))
 

@@ -7,18 +7,22 @@ stop_token_ids, min_tokens, ignore_eos). Does not know who answers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
 from harli_appliance.api.bodies import ANY, Body, contradiction, unsupported
 from harli_appliance.api.ports import ChatCall
 from harli_appliance.api.response_format import ResponseFormat
+from harli_appliance.schema import SloClass
 
 MAX_STOPS = 4
 MAX_STOP_TOKENS = 64
 MAX_CHOICES = 8
 MAX_TOP_LOGPROBS = 20
+CLASS_OF_TIER: Mapping[str, SloClass] = {"default": "standard", "priority": "interactive", "flex": "batch"}
+"""OpenAI's service tiers as classes of ours; ``auto`` leaves it to the key."""
+TIER_OF_CLASS: Mapping[SloClass, str] = {slo_class: tier for tier, slo_class in CLASS_OF_TIER.items()}
 
 Value = TypeVar("Value")
 
@@ -93,7 +97,6 @@ class ChatRequest(Body):
         "modalities": (["text"],),
         "prediction": (),
         "reasoning_effort": (),
-        "service_tier": ("auto", "default"),
         "store": (False,),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
@@ -128,6 +131,7 @@ class ChatRequest(Body):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
@@ -164,8 +168,12 @@ class ChatRequest(Body):
     def choices(self) -> int:
         return _or(self.n, 1)
 
-    def call(self) -> ChatCall:
-        """What the appliance is asked, with OpenAI's defaults filled in."""
+    def call(self, class_of_key: SloClass) -> ChatCall:
+        """What the appliance is asked, with OpenAI's defaults filled in.
+
+        Args:
+            class_of_key: of requests that name no tier.
+        """
         return ChatCall(
             model=self.model,
             messages=tuple({"role": m.role, "content": m.content} for m in self.messages),
@@ -184,5 +192,6 @@ class ChatRequest(Body):
             min_tokens=_or(self.min_tokens, 0),
             n=self.choices,
             logprobs=_or(self.top_logprobs, 0) if self.logprobs else None,
+            slo_class=CLASS_OF_TIER.get(self.service_tier or "auto", class_of_key),
             json_schema=None if self.response_format is None else self.response_format.schema_text,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import get_args
+from typing import TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -16,6 +16,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from harli_appliance.schema import JobStatus, Mode, Percentiles, Status
+
+Label = TypeVar("Label", bound=str)
 
 
 def exposition(status: Status) -> bytes:
@@ -47,6 +49,12 @@ class StatusCollector(Collector):
         yield _gauge("harli_uptime_seconds", "Seconds since start.", s.uptime_s)
         modes = {mode: float(mode == s.mode) for mode in get_args(Mode)}
         yield _by("mode", "harli_mode", "1 for the mode of the last tick.", modes)
+        decided = CounterMetricFamily(
+            "harli_ticks", "Ticks since start, by why they did it.", labels=("reason",)
+        )
+        for reason, ticks in s.ticks.items():
+            decided.add_metric((reason,), float(ticks))
+        yield decided
         yield _gauge(
             "harli_partition_inference_ratio",
             "Share of the device's compute that the inference lane has.",
@@ -64,6 +72,12 @@ class StatusCollector(Collector):
             yield _gauge(
                 "harli_slo_attainment_ratio", "Share of recent requests that met both.", slo.attainment
             )
+        kept = {part.name: part.attainment for part in slo.classes if part.attainment is not None}
+        yield _by("class", "harli_slo_class_attainment_ratio", "The same for each class of requests.", kept)
+        promised = {part.name: part.tpot_ms / 1000 for part in slo.classes}
+        yield _by("class", "harli_slo_class_tpot_seconds", "Promised to each class of requests.", promised)
+        asked = {part.name: float(part.requests) for part in slo.classes}
+        yield _by("class", "harli_slo_class_requests", "Requests of each class since start.", asked)
 
     def _work(self) -> Iterator[Metric]:
         serving, training = self._status.serving, self._status.training
@@ -168,7 +182,7 @@ def _counter(name: str, text: str, value: float) -> Metric:
     return CounterMetricFamily(name, text, value=value)
 
 
-def _by(label: str, name: str, text: str, values: Mapping[str, float]) -> Metric:
+def _by(label: str, name: str, text: str, values: Mapping[Label, float]) -> Metric:
     family = GaugeMetricFamily(name, text, labels=(label,))
     for label_value, value in values.items():
         family.add_metric((label_value,), value)

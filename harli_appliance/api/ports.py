@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from harli_appliance.schema import JobStatus, LearningRateSchedule, ModelView, PolicyChange, Status, Timeline
+from harli_appliance.schema import (
+    JobStatus,
+    LearningRateSchedule,
+    ModelView,
+    PolicyChange,
+    SloClass,
+    Status,
+    Timeline,
+)
 
 FinishReason = Literal["stop", "length"]
 
@@ -47,6 +55,7 @@ class ChatCall:
     """Choices: answers to the same messages, drawn independently."""
     logprobs: int | None = None
     """Most likely tokens to report beside each drawn one; None reports no probabilities at all."""
+    slo_class: SloClass = "standard"
     json_schema: str | None = None
     """JSON text of a schema that the answer must satisfy; whether it can be enforced is not checked yet."""
 

@@ -14,18 +14,8 @@ from harli_appliance.bench.compare_plan import Run
 from harli_appliance.bench.compare_store import RunFile
 from harli_appliance.bench.report import Goal, Grid, Page, Picture, Table, Words
 from harli_appliance.bench.verdict import ATTAINMENT_GOAL, OURS, keeps
+from harli_appliance.scheduling.names import describe_policy
 
-_MEANING: Final = {
-    "adaptive": "ours: trains beside serving as long as the predicted step times keep every answer on schedule",
-    "harli": "trains beside serving while the predicted step fits the promise (arXiv 2511.11729)",
-    "naive": "trains beside serving always, without control",
-    "time_slice": "one after the other: training gets what the slack leaves after a step",
-    "serve_only": "never trains: what the machine can promise at best",
-    "train_only": "requests wait while there is something to train",
-    "flexllm": "puts training tokens into the serving step (arXiv 2402.18789)",
-    "llmstation": "fixed pieces of training with fixed waits",
-    "static": "both at once with one split of the device that never changes",
-}
 _SAID: Final = {
     "wins": "wins",
     "ties": "ties",
@@ -86,15 +76,8 @@ def _introduction(report: Mapping[str, Any]) -> Words:
 
 def _policy_grid(report: Mapping[str, Any]) -> Grid:
     names = dict.fromkeys(name for section in report["slos"].values() for name in section["policies"])
-    rows = [("met" if name == OURS else "", (name, _meaning(name))) for name in names]
+    rows = [("met" if name == OURS else "", (name, describe_policy(name))) for name in names]
     return Grid("The policies", ("name", "how it shares the machine"), rows)
-
-
-def _meaning(policy: str) -> str:
-    family, _, variant = policy.partition(":")
-    if family == "time_slice" and variant.isdigit():
-        return f"training gets a turn of one micro-batch after every {variant} decode steps, whatever is promised"
-    return _MEANING.get(policy) or _MEANING.get(family, "")
 
 
 def _verdict_grid(report: Mapping[str, Any]) -> Grid:

@@ -65,6 +65,9 @@ def serve(
     policy: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"One of {', '.join(POLICY_NAMES)}.")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this device again before serving.")
+    ] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; may be given several times."),
@@ -79,6 +82,7 @@ def serve(
         "model.path": model,
         "slo.tpot_ms": None if slo_tpot is None else parse_ms(slo_tpot),
         "scheduling.policy": policy,
+        "scheduling.calibration": "always" if calibrate else None,
         "logging.json_lines": "true" if json else None,
     }
     assignments |= {key: str(value) for key, value in named.items() if value is not None}

@@ -10,9 +10,10 @@ import typer
 
 from harli_appliance.cli.connect import Json, Url, connect, talk
 from harli_appliance.cli.output import note, number, print_json, print_table
+from harli_appliance.scheduling.reasons import in_words
 
 if TYPE_CHECKING:
-    from harli_appliance.schema import RunningJobView
+    from harli_appliance.schema import RunningJobView, SloView
 
 NICENESS = 10
 """The dashboard may share cores with what it watches, and must not slow it down."""
@@ -29,10 +30,10 @@ def status(json: Json = False, url: Url = None) -> None:
     facts = {
         "state": f"{now.state} for {duration(now.uptime_s)}, version {now.version}",
         "model": f"{now.model} on {now.device}",
-        "policy": f"{now.policy}, now {now.mode} ({now.reason})",
+        "policy": f"{now.policy}, now {now.mode}: {in_words(now.reason)}",
         "TPOT": f"p50 {ms(serving.tpot_ms.p50)}, p99 {ms(serving.tpot_ms.p99)}, target {ms(now.slo.tpot_ms)}",
         "TTFT": f"p50 {ms(serving.ttft_ms.p50)}, p99 {ms(serving.ttft_ms.p99)}, target {ms(now.slo.ttft_ms)}",
-        "attainment": f"{attainment} of recent requests met both targets",
+        "attainment": f"{attainment} of recent requests met both targets{by_class(now.slo)}",
         "requests": f"{serving.running} running, {serving.waiting} waiting, "
         f"{serving.requests} in all, {serving.failed} failed",
         "serving": f"{serving.output_tokens_per_s:.1f} tokens/s",
@@ -61,6 +62,12 @@ def jobs(running: Sequence[RunningJobView]) -> str:
 
 def left(seconds: float | None) -> str:
     return "end not known yet" if seconds is None else f"about {duration(seconds)} left"
+
+
+def by_class(slo: SloView) -> str:
+    """The same for each class that had requests, unless all are of one class."""
+    seen = [f"{part.name} {number(part.attainment, '.1%')}" for part in slo.classes if part.requests]
+    return f" ({', '.join(seen)})" if len(seen) > 1 else ""
 
 
 def ms(value: float | None) -> str:

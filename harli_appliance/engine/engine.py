@@ -9,21 +9,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
 
 from harli_appliance.engine.lanes import Lane
+from harli_appliance.engine.steps import step_of
 from harli_appliance.engine.streams import TokenStream
 from harli_appliance.engine.telemetry import SAMPLE_EVERY_S, Rate, Telemetry
 from harli_appliance.errors import Overloaded
 from harli_appliance.memory.pool import PoolUse, SlotPool
 from harli_appliance.runtime.protocol import NewTokens, QueueDepth, Runtime, StepPlan, Submission
+from harli_appliance.scheduling.reasons import Reason
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.scheduling.slo import RequestTiming, SloTracker
-from harli_appliance.scheduling.types import Decision, Split, Step
+from harli_appliance.scheduling.types import UNLIMITED, Decision, Step
+from harli_appliance.schema import SloClass
 from harli_appliance.training.trainer import Trainer
 
 log = structlog.get_logger(__name__)
@@ -42,6 +45,8 @@ class EngineState:
     """A snapshot for the dashboard."""
 
     decision: Decision
+    ticks: dict[Reason, int]
+    """Since start, by their reason."""
     depth: QueueDepth
     pool: PoolUse
     output_tokens: int
@@ -98,6 +103,7 @@ class Engine:
         self._refused: deque[NewTokens] = deque()
         self._depth = QueueDepth(0, 0)
         self._decision = Decision("idle", "nothing_to_do", serve=False, units=0)
+        self._ticks: Counter[Reason] = Counter()
         self._pool_use = pool.use()
         self._output_tokens = 0
         self._output_rate, self._training_rate = Rate(), Rate()
@@ -106,7 +112,7 @@ class Engine:
 
     # -- requests ----------------------------------------------------------------------------------------
 
-    def submit(self, submission: Submission) -> TokenStream:
+    def submit(self, submission: Submission, slo_class: SloClass = "standard") -> TokenStream:
         """Queue a request.
 
         Raises:
@@ -120,7 +126,7 @@ class Engine:
         stream = TokenStream(submission.id, self._abort)
         self._streams[submission.id] = stream
         self._submissions.append(submission)
-        self.slo.arrived(submission.id, time.perf_counter())
+        self.slo.arrived(submission.id, time.perf_counter(), slo_class)
         self.wake()
         return stream
 
@@ -158,23 +164,35 @@ class Engine:
         outlook = self._trainer.outlook()
         plan = await self._plan() if self._scheduler.admits(outlook) else None
         self._deliver_refused()
-        step = _step_of(plan)
+        step = step_of(plan) if plan is not None else None
         slack = self.slo.slack_ms(time.perf_counter())
-        decision = self._scheduler.decide(step, slack, self.slo.tpot_ms, outlook)
+        decision = self._scheduler.decide(step, slack, self.slo.tightest_tpot_ms, outlook)
         self._decision = decision
+        self._ticks[decision.reason] += 1
         self._arrange(decision)
-        sliced = decision.mode == "time_slice"
-        if plan is None:
+        if plan is None or step is None:
             self._trainer.launch(decision.units)
             await self._wait_for_work()
             return
+        measured = await self._run(plan, decision)
+        if measured is not None:
+            self._observe(step, decision, *measured)
+
+    async def _run(self, plan: StepPlan, decision: Decision) -> tuple[float, float] | None:
+        """Both lanes, as decided; what `_serve` returns."""
+        if decision.mode == "fused":
+            started = time.perf_counter()
+            await self._trainer.launch(decision.units, self._inference, decision.fused_tokens)
+            ahead_ms = 1e3 * (time.perf_counter() - started)
+            measured = await self._serve(plan)
+            return measured and (measured[0] + ahead_ms, measured[1])
         serving = asyncio.create_task(self._serve(plan))
-        training = self._trainer.launch(decision.units, self._inference if sliced else self._training)
+        lane = self._inference if decision.mode == "time_slice" else self._training
+        training = self._trainer.launch(decision.units, lane)
         measured = await serving
-        if sliced:
+        if decision.units < UNLIMITED:
             await training
-        if step is not None and measured is not None:
-            self._observe(step, decision.split, *measured)
+        return measured
 
     async def _wait_for_work(self) -> None:
         with contextlib.suppress(TimeoutError):
@@ -241,11 +259,13 @@ class Engine:
         self.telemetry.step(1e3 * outcome.seconds, produced)
         return 1e3 * outcome.seconds, overlap
 
-    def _observe(self, step: Step, split: Split | None, took_ms: float, overlap: float) -> None:
-        if overlap >= CORUN_SHARE:
-            self._scheduler.observe(step, took_ms, corun=True, split=split)
+    def _observe(self, step: Step, decision: Decision, took_ms: float, overlap: float) -> None:
+        if decision.mode == "fused":
+            self._scheduler.observe(step, took_ms, corun=False, fused_tokens=decision.fused_tokens)
+        elif overlap >= CORUN_SHARE:
+            self._scheduler.observe(step, took_ms, corun=True, split=decision.split)
         elif overlap <= 1.0 - CORUN_SHARE:
-            self._scheduler.observe(step, took_ms, corun=False, split=split)
+            self._scheduler.observe(step, took_ms, corun=False, split=decision.split)
 
     def _deliver_refused(self) -> None:
         """Requests that ended outside of a step: aborted in the queue, or refused by the runtime."""
@@ -285,6 +305,7 @@ class Engine:
     def state(self) -> EngineState:
         return EngineState(
             decision=self._decision,
+            ticks=dict(self._ticks),
             depth=QueueDepth(self._depth.running, self._depth.waiting + len(self._submissions)),
             pool=self._pool_use,
             output_tokens=self._output_tokens,
@@ -309,9 +330,3 @@ class Engine:
             self.telemetry.sample(
                 time.time(), self._decision.mode, self._depth.running, trainer.tokens, self._pool_use
             )
-
-
-def _step_of(plan: StepPlan | None) -> Step | None:
-    if plan is None:
-        return None
-    return Step(plan.kind, len(plan.requests), plan.context_tokens, plan.prefill_tokens)

@@ -153,6 +153,11 @@ class SglangRuntime:
         return self._scheduler
 
     @property
+    def vocabulary(self) -> int:
+        """Token ids are below this."""
+        return int(self._scheduler.model_config.vocab_size)
+
+    @property
     def context_length(self) -> int:
         # SGLang keeps one slot for a dummy token and cuts requests one token short of its limit.
         return int(self._scheduler.max_req_len) - 1
@@ -160,7 +165,7 @@ class SglangRuntime:
     # -- requests ------------------------------------------------------------------------------------
 
     def check(self, submission: Submission) -> None:
-        check(submission, int(self._scheduler.model_config.vocab_size), self.context_length)
+        check(submission, self.vocabulary, self.context_length)
 
     def submit(self, submission: Submission) -> None:
         """Put a request in SGLang's queue; it has passed `check`.

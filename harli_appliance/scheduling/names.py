@@ -6,21 +6,31 @@ library, so that a command line can list the names at once.
 
 from __future__ import annotations
 
+from typing import Final
+
 from harli_appliance.errors import UsageError
 
-POLICY_NAMES = (
-    "adaptive",
-    "harli",
-    "naive",
-    "static",
-    "time_slice",
-    "time_slice:64",
-    "time_slice:128",
-    "time_slice:512",
-    "serve_only",
-    "train_only",
-)
-"""Every policy; the first is the default. ``static`` takes the name of a split where a device has several."""
+_TURNS = "trains one micro-batch after every {} steps, whatever the deadlines"
+POLICIES: Final = {
+    "adaptive": "trains beside answers while tokens come faster than promised, or slack is banked",
+    "harli": "trains beside a step whose predicted time fits the promise (arXiv 2511.11729)",
+    "naive": "always trains beside answers; nothing is predicted",
+    "static": "always trains, on one split of the device that never changes",
+    "flexllm": "puts a fixed number of training tokens into every step (arXiv 2402.18789)",
+    "llmstation": "runs a fixed piece of training beside every step, and waits for both",
+    "adaptive-no-predictor": "trains beside answers while none is behind; nothing is predicted",
+    "adaptive-no-partitions": "as time_slice: what is left of adaptive where both cannot run at once",
+    "time_slice": "trains between steps, as much as the deadlines leave",
+    "time_slice:64": _TURNS.format(64),
+    "time_slice:128": _TURNS.format(128),
+    "time_slice:512": _TURNS.format(512),
+    "serve_only": "never trains beside answers",
+    "train_only": "answers wait while there is something to train",
+}
+"""Every policy and what it does. ``static`` takes the name of a split where a device has several."""
+
+POLICY_NAMES = tuple(POLICIES)
+"""The first is the default."""
 
 DEFAULT_POLICY = POLICY_NAMES[0]
 STATIC = "static:"
@@ -28,7 +38,7 @@ STATIC = "static:"
 
 def without_partitions(name: str) -> str:
     """The policy to follow where the device cannot be split: `name`, or taking turns if it runs both at once."""
-    alone = name in ("serve_only", "train_only") or name.partition(":")[0] == "time_slice"
+    alone = name in ("serve_only", "train_only", "flexllm") or name.partition(":")[0] == "time_slice"
     return name if alone else "time_slice"
 
 
@@ -44,3 +54,8 @@ def check_policy(name: str) -> str:
             f"no such policy; choose one of {', '.join(POLICY_NAMES)}, or {STATIC}SPLIT", param="policy"
         )
     return name
+
+
+def describe_policy(name: str) -> str:
+    """What a policy does, in one clause; nothing for one that only a newer appliance knows."""
+    return POLICIES.get("static" if name.startswith(STATIC) else name, "")

@@ -5,6 +5,7 @@ Imports nothing, so that the dashboard and the command line can say it in words.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, Literal
 
 Reason = Literal[
@@ -25,9 +26,12 @@ Reason = Literal[
     "no_slack",
     "its_turn",
     "not_its_turn",
+    "its_tasklet",
+    "fused_budget",
+    "backward_between",
 ]
 
-MEANING: Final[dict[Reason, str]] = {
+_WORDS: Final[Mapping[str, str]] = {
     "nothing_to_do": "no requests and no training work",
     "nothing_to_serve": "no requests: training has the device",
     "no_training_work": "no job, or the job waits for memory",
@@ -45,5 +49,12 @@ MEANING: Final[dict[Reason, str]] = {
     "no_slack": "not one work unit fits before the next deadline",
     "its_turn": "the policy's turn for training has come",
     "not_its_turn": "the policy's turn for training has not come yet",
+    "its_tasklet": "a tasklet of fixed size runs beside every step",
+    "fused_budget": "a fixed budget of training tokens goes with every step",
+    "backward_between": "backward units run between steps",
 }
-"""One clause for each code."""
+
+
+def in_words(reason: str) -> str:
+    """One clause for a code; the code itself where it is not known, as a newer appliance may have it."""
+    return _WORDS.get(reason, reason)

@@ -1,32 +1,33 @@
-"""Deadlines of the requests in service, and what was kept of the promise.
+"""Deadlines of the requests in service, and what was kept of the promise, for each class of requests.
 
-A request's first token is due `ttft` after it arrived; token i after that is due `i * tpot` after the first, so
-a request banks what it gained and is judged by its mean, as the promise is stated. Times are seconds of one
-monotonic clock, passed in. Knows requests by id only.
+A request's first token is due its class's `ttft` after it arrived; token i after that is due `i * tpot` after the
+first, so a request banks what it gained and is judged by its mean, as the promise is stated. Times are seconds
+of one monotonic clock, passed in. Knows requests by id only.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from harli_appliance.scheduling.deadlines import Deadlines
+from harli_appliance.schema import SloClass
 
 WINDOW = 512
 """Recent samples that percentiles and attainment are taken over."""
 
 
-@dataclass(slots=True)
-class _Request:
-    arrived: float
-    first: float | None = None
-    last: float | None = None
-    tokens: int = 0
-    round: int = 0
-    """Rounds (`SloTracker.decoded`) that had been when `tokens` and `last` were set."""
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a class of requests is promised, in milliseconds: time per output token, and to the first one."""
+
+    tpot_ms: float
+    ttft_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,55 +58,118 @@ class Quantiles:
         return self._values[-1] if self._values else None
 
 
+class Attainment:
+    """Share of the last `WINDOW` requests that met their targets."""
+
+    def __init__(self) -> None:
+        self._met: deque[bool] = deque(maxlen=WINDOW)
+
+    def add(self, met: bool) -> None:
+        self._met.append(met)
+
+    @property
+    def share(self) -> float | None:
+        return sum(self._met) / len(self._met) if self._met else None
+
+
+class ClassLedger:
+    """The requests of one class: their deadlines, and how those went that have ended."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.requests = 0
+        self.live = 0
+        self.tpot = Quantiles()
+        self.ttft = Quantiles()
+        self.attainment = Attainment()
+        self.forget_deadlines()
+
+    def forget_deadlines(self) -> None:
+        self.waiting = Deadlines(0.0)
+        self.running = Deadlines(self.target.tpot_ms / 1e3)
+
+
+@dataclass(slots=True)
+class _Request:
+    ledger: ClassLedger
+    arrived: float
+    first: float | None = None
+    last: float | None = None
+    tokens: int = 0
+    round: int = 0
+    """Rounds (`SloTracker.decoded`) that had been when `tokens` and `last` were set."""
+
+
 class SloTracker:
     """Follows every request from arrival to its last token.
 
     Args:
-        tpot_ms, ttft_ms: the promise; may be changed at any time.
+        tpot_ms, ttft_ms: the promise to class ``standard``.
+        others: the promise to other classes.
     """
 
-    def __init__(self, tpot_ms: float, ttft_ms: float) -> None:
-        self._tpot_ms = tpot_ms
-        self._ttft_ms = ttft_ms
+    def __init__(
+        self, tpot_ms: float, ttft_ms: float, others: Mapping[SloClass, Target] | None = None
+    ) -> None:
         self.tpot = Quantiles()
         self.itl = Quantiles()
         self.ttft = Quantiles()
         self.requests = 0
         self.failed = 0
-        self._met: deque[bool] = deque(maxlen=WINDOW)
+        self._attainment = Attainment()
+        targets: dict[SloClass, Target] = {"standard": Target(tpot_ms, ttft_ms), **(others or {})}
+        self.classes = {name: ClassLedger(target) for name, target in targets.items()}
         self._live: dict[str, _Request] = {}
         self._rounds = 0
         self._round_at = 0.0
-        self._schedule()
+
+    # -- the promise -----------------------------------------------------------------------------------
 
     @property
-    def tpot_ms(self) -> float:
-        return self._tpot_ms
+    def target(self) -> Target:
+        """The promise to class ``standard``; may be changed at any time."""
+        return self.classes["standard"].target
 
-    @tpot_ms.setter
-    def tpot_ms(self, value: float) -> None:
-        self._tpot_ms = value
-        self._schedule()
-
-    @property
-    def ttft_ms(self) -> float:
-        return self._ttft_ms
-
-    @ttft_ms.setter
-    def ttft_ms(self, value: float) -> None:
-        self._ttft_ms = value
-        self._schedule()
-
-    def _schedule(self) -> None:
-        """Every deadline anew, as the promise is now."""
-        self._waiting = Deadlines(0.0)
-        self._running = Deadlines(self._tpot_ms / 1e3)
+    @target.setter
+    def target(self, target: Target) -> None:
+        ledger = self.classes["standard"]
+        ledger.target = target
+        ledger.forget_deadlines()
         for name, entry in self._live.items():
-            self._due(name, entry)
+            if entry.ledger is ledger:
+                self._due(name, entry)
 
-    def arrived(self, request: str, now: float) -> None:
+    @property
+    def tightest_tpot_ms(self) -> float:
+        """The strictest promise per token to a request in service; class ``standard``'s without one."""
+        live = (ledger.target.tpot_ms for ledger in self.classes.values() if ledger.live)
+        return min(live, default=self.target.tpot_ms)
+
+    @property
+    def attainment(self) -> float | None:
+        """Share of recent requests, of all classes, that met their targets."""
+        return self._attainment.share
+
+    def slack_ms(self, now: float) -> float:
+        """Milliseconds until the earliest deadline; negative when it has passed, infinity with no request."""
+        due = math.inf
+        for ledger in self.classes.values():
+            if ledger.live:
+                due = min(due, ledger.waiting.earliest(), ledger.running.earliest())
+        return (due - now) * 1e3
+
+    # -- a request's life ------------------------------------------------------------------------------
+
+    def arrived(self, request: str, now: float, slo_class: SloClass = "standard") -> None:
+        """
+        Raises:
+            KeyError: no promise is known for this class.
+        """
+        ledger = self.classes[slo_class]
         self.requests += 1
-        self._live[request] = entry = _Request(now)
+        ledger.requests += 1
+        ledger.live += 1
+        self._live[request] = entry = _Request(ledger, now)
         self._due(request, entry)
 
     def produced(self, request: str, tokens: int, now: float) -> float | None:
@@ -121,8 +185,10 @@ class SloTracker:
         gap = None
         if entry.first is None:
             entry.first = now
-            self.ttft.add(1e3 * (now - entry.arrived))
-            self._waiting.discard(request)
+            entry.ledger.waiting.discard(request)
+            ttft = 1e3 * (now - entry.arrived)
+            self.ttft.add(ttft)
+            entry.ledger.ttft.add(ttft)
         elif entry.last is not None:
             gap = 1e3 * (now - entry.last) / tokens
             self.itl.add(gap)
@@ -136,7 +202,28 @@ class SloTracker:
         one call whatever their number. Inter-token latencies are not noted."""
         self._rounds += 1
         self._round_at = now
-        self._running.put_off()
+        for ledger in self.classes.values():
+            ledger.running.put_off()
+
+    def ended(self, request: str, how: Literal["finished", "aborted", "failed"]) -> RequestTiming | None:
+        """Close a request. One whose client left counts neither as met nor as missed."""
+        entry = self._live.pop(request, None)
+        if entry is None:
+            return None
+        ledger = entry.ledger
+        ledger.live -= 1
+        ledger.waiting.discard(request)
+        ledger.running.discard(request)
+        self._settle(entry)
+        timing = _timing(entry, how)
+        self.failed += how == "failed"
+        if timing.tpot_ms is not None:
+            self.tpot.add(timing.tpot_ms)
+            ledger.tpot.add(timing.tpot_ms)
+        if timing.met is not None:
+            self._attainment.add(timing.met)
+            ledger.attainment.add(timing.met)
+        return timing
 
     def _settle(self, entry: _Request) -> None:
         """Write down the rounds that `entry` was in."""
@@ -145,38 +232,22 @@ class SloTracker:
             entry.last = self._round_at
         entry.round = self._rounds
 
-    def ended(self, request: str, how: Literal["finished", "aborted", "failed"]) -> RequestTiming | None:
-        """Close a request. One whose client left counts neither as met nor as missed."""
-        entry = self._live.pop(request, None)
-        if entry is None:
-            return None
-        self._waiting.discard(request)
-        self._running.discard(request)
-        self._settle(entry)
-        ttft = tpot = None
-        if entry.first is not None and entry.last is not None:
-            ttft = 1e3 * (entry.first - entry.arrived)
-            if entry.tokens > 1:
-                tpot = 1e3 * (entry.last - entry.first) / (entry.tokens - 1)
-                self.tpot.add(tpot)
-        self.failed += how == "failed"
-        in_time = ttft is not None and ttft <= self.ttft_ms and (tpot is None or tpot <= self.tpot_ms)
-        met = None if how == "aborted" else how == "finished" and in_time
-        if met is not None:
-            self._met.append(met)
-        return RequestTiming(ttft, tpot, entry.tokens, met)
-
-    def slack_ms(self, now: float) -> float:
-        """Milliseconds until the earliest deadline; negative when it has passed, infinity with no request."""
-        return (min(self._waiting.earliest(), self._running.earliest()) - now) * 1e3
-
     def _due(self, request: str, entry: _Request) -> None:
+        target = entry.ledger.target
         if entry.first is None:
-            self._waiting.set(request, entry.arrived + self._ttft_ms / 1e3)
+            entry.ledger.waiting.set(request, entry.arrived + target.ttft_ms / 1e3)
         else:
             self._settle(entry)
-            self._running.set(request, entry.first + entry.tokens * self._tpot_ms / 1e3)
+            entry.ledger.running.set(request, entry.first + entry.tokens * target.tpot_ms / 1e3)
 
-    @property
-    def attainment(self) -> float | None:
-        return sum(self._met) / len(self._met) if self._met else None
+
+def _timing(entry: _Request, how: Literal["finished", "aborted", "failed"]) -> RequestTiming:
+    ttft = tpot = None
+    if entry.first is not None and entry.last is not None:
+        ttft = 1e3 * (entry.first - entry.arrived)
+        if entry.tokens > 1:
+            tpot = 1e3 * (entry.last - entry.first) / (entry.tokens - 1)
+    target = entry.ledger.target
+    in_time = ttft is not None and ttft <= target.ttft_ms and (tpot is None or tpot <= target.tpot_ms)
+    met = None if how == "aborted" else how == "finished" and in_time
+    return RequestTiming(ttft, tpot, entry.tokens, met)

@@ -45,7 +45,9 @@ class Outlook:
     """What training could do next: whether a job has work, and how long one unit takes (NaN: unknown).
 
     Attributes:
-        unit_tokens: tokens of the window that units work on.
+        unit_tokens: tokens of the window that units work on. fusible_tokens: tokens of the micro-batch in
+        work whose forward pass has not begun; 0 where a window is half
+            way through the layers, and in its other passes.
         micro_batch_units: units until the micro-batch in work is through, the optimizer's step included where
             one follows; 0 where there is no such thing.
     """
@@ -54,6 +56,7 @@ class Outlook:
     unit_ms: float = math.nan
     unit_tokens: int = 0
     micro_batch_units: int = 0
+    fusible_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +97,10 @@ class Decision:
 
     Attributes:
         mode: how the lanes are used.
-        reason: why; `reasons.MEANING` says it in words.
+        reason: why; `reasons.in_words` says it to a person.
         serve: whether the planned step runs now.
-        units: work units that training may start until the next decision.
+        units: work units that training may start until the next decision; the next tick waits for a limited
+            number of them.
         bound: the prediction for this step in this mode, None without a step or before there are samples.
         split: how the device is divided in mode `partition`; None where there is only one way.
         fused_tokens: training tokens whose forward pass rides along in mode `fused`.

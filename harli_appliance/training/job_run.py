@@ -132,6 +132,11 @@ class JobRun:
         """Packed sequences of the current step."""
         return len(self._packs)
 
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the model."""
+        return len(self._backbone.layers)
+
     def ends_step(self, index: int) -> bool:
         """Whether the optimizer's step follows micro-batch `index`."""
         return index + 1 == len(self._packs)

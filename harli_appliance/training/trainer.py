@@ -111,6 +111,8 @@ class Trainer:
         self._tokens = 0.0
         self._dropped = 0
         self._units_left = 0
+        self._fusible_tokens = 0
+        self._window: int | None = None
         self._active: dict[str, ActiveJob] = {}
         self._current: ActiveJob | None = None
         self._turn_ms = 0.0
@@ -121,16 +123,23 @@ class Trainer:
     def outlook(self) -> Outlook:
         """Whether a unit could run now, and the duration of the slowest kind seen (recent average)."""
         slowest = max(self._unit_ms.values(), default=math.nan)
-        return Outlook(self._ready, slowest, micro_batch_units=self._units_left)
+        return Outlook(
+            self._ready, slowest, micro_batch_units=self._units_left, fusible_tokens=self._fusible_tokens
+        )
 
-    def launch(self, units: int, lane: UnitLane | None = None) -> Awaitable[None]:
+    def launch(self, units: int, lane: UnitLane | None = None, window: int | None = None) -> Awaitable[None]:
         """Allow `units` work units from now on, replacing what was allowed before.
+
+        Args:
+            window: forward units are all layers of a window of so many tokens, where one can begin; None for
+                units of the usual size.
 
         Returns:
             Something to await that is done when they have run, or training has nothing left to run.
         """
         self._allowance = units
         self._lane = lane or self._home
+        self._window = window
         if self._spent is not None and not self._spent.done():
             self._spent.set_result(None)
         self._spent = asyncio.get_running_loop().create_future()
@@ -277,7 +286,7 @@ class Trainer:
                 self._on_step(run.loss)
             await self._queue.progress(active.job.id, run.step, run.total_steps, run.trained_tokens, run.loss)
             if run.checkpoint_due:
-                self._units_left = 1
+                self._units_left, self._fusible_tokens = 1, 0
                 await self._permitted(active, lambda: True)
                 await self._execute(active, WorkUnit("step", run.checkpoint))
         if run.step == run.total_steps:
@@ -299,9 +308,12 @@ class Trainer:
             batch = await self._at_home(active, partial(run.begin, index, lease.indices))
             while (unit := batch.next_unit(run.window_tokens, layers=1)) is not None:
                 self._units_left = batch.units_left(run.window_tokens) + run.ends_step(index)
+                self._fusible_tokens = batch.fusible_tokens
                 if not await self._permitted(active, held):
                     self._dropped += 1
                     return False
+                if self._window is not None and batch.fusible_tokens:  # not run yet: it may be cut anew
+                    unit = batch.next_unit(self._window, run.layers) or unit
                 await self._execute(active, unit)
             await self._at_home(active, partial(run.finish, batch))
             done = True
@@ -315,7 +327,7 @@ class Trainer:
     async def _optimizer_step(self, active: ActiveJob) -> bool:
         """False when there is no room for the adapter's state now."""
         while await self._settled(active):
-            self._units_left = 1
+            self._units_left, self._fusible_tokens = 1, 0
             self._set_ready(True)
             if await self._permitted(active, lambda: active.residence.settled):
                 await self._execute(active, WorkUnit("step", active.run.optimizer_step))
@@ -377,8 +389,9 @@ class Trainer:
         async with active.residence.in_use:
             await self._ran_on.run(unit.run)
         took = 1e3 * (time.perf_counter() - started)
-        before = self._unit_ms.get(unit.kind, took)
-        self._unit_ms[unit.kind] = before + 0.1 * (took - before)
+        if self._window is None:
+            before = self._unit_ms.get(unit.kind, took)
+            self._unit_ms[unit.kind] = before + 0.1 * (took - before)
         self._turn_ms += took
         self._shares.add(active.job.id, took)
         self._tokens += unit.credit

@@ -124,6 +124,12 @@ class MicroBatch:
         credit = self._backward_credit(window, layers) if kind == "backward" else 0.0
         return WorkUnit(kind, partial(self._run, self._at, window, layers), credit)
 
+    @property
+    def fusible_tokens(self) -> int:
+        """Tokens whose forward pass has not begun, where the next unit begins a forward window; else 0."""
+        begins = self._at < len(STAGES) and STAGES[self._at] == "forward" and self._layer == 0
+        return self.tokens - self._from if begins else 0
+
     def units_left(self, window: int) -> int:
         """Units still to come when each is one piece, with windows of `window` tokens."""
         if self._at == len(STAGES):

@@ -16,6 +16,7 @@ from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from harli_appliance.api.wire import JobEventObject
+from harli_appliance.scheduling.names import describe_policy
 from harli_appliance.schema import JobView
 from harli_appliance.tui import words
 
@@ -41,7 +42,7 @@ class PolicyScreen(ModalScreen[str | None]):
         text = Text.assemble(
             ("● " if name == self._now else "  ", self.app.theme_variables["success"]),
             (f"{name:<{width}}  ", "bold"),
-            words.policy(name),
+            describe_policy(name),
         )
         return Option(text, id=name)
 

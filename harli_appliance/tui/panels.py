@@ -67,17 +67,23 @@ class LatencyPanel(Vertical):
         self.border_subtitle = f"target {slo.tpot_ms:,.0f} ms"
         variables = self.app.theme_variables
         facts = Text()
-        rows = (
+        rows: tuple[tuple[str, str, words.Verdict | None], ...] = (
             ("p50", words.ms(serving.tpot_ms.p50), words.verdict(serving.tpot_ms.p50, slo.tpot_ms)),
             ("p99", words.ms(serving.tpot_ms.p99), words.verdict(serving.tpot_ms.p99, slo.tpot_ms)),
             ("attained", words.percent(slo.attainment), words.attainment_verdict(slo.attainment)),
             ("ITL p99", words.ms(serving.itl_ms.p99), None),
             ("TTFT p99", words.ms(serving.ttft_ms.p99), words.verdict(serving.ttft_ms.p99, slo.ttft_ms)),
         )
+        classes = [part for part in slo.classes if part.requests]
+        kept = (
+            (part.name, words.percent(part.attainment), words.attainment_verdict(part.attainment))
+            for part in classes
+        )
+        rows = (*rows, *kept) if len(classes) > 1 else rows
         for index, (name, value, verdict) in enumerate(rows):
             facts.append("\n" if index else "")
-            facts.append(f"{name:<10}", style="dim")
-            facts.append(f"{value:>10}", style=f"bold {variables[verdict]}" if verdict else "")
+            facts.append(f"{name:<11}", style="dim")
+            facts.append(f"{value:>9}", style=f"bold {variables[verdict]}" if verdict else "")
         self.query_one("#tpot-facts", Static).update(facts)
 
 

@@ -59,6 +59,7 @@ def snapshot(reading: Reading, status: Status, width: int) -> list[Text | Table]
         Text("attainment  ").append(
             words.percent(slo.attainment), style=VERDICTS[words.attainment_verdict(slo.attainment)]
         ),
+        *([Text(f"classes     {classes}")] if (classes := words.classes(slo)) else []),
         Text(
             f"serving     {serving.output_tokens_per_s:.1f} tokens/s, "
             f"{serving.running} running, {serving.waiting} waiting"

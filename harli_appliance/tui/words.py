@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Literal
 
-from harli_appliance.schema import JobView, PoolView, Status, TrainingView
+from harli_appliance.scheduling.reasons import in_words
+from harli_appliance.schema import JobView, PoolView, SloView, Status, TrainingView
 from harli_appliance.tui.bars import Share
 
 Verdict = Literal["success", "warning", "error"]
@@ -20,16 +21,8 @@ MODES = {
     "pause": "serving, training waits",
     "time_slice": "taking turns",
     "partition": "both at once",
+    "fused": "in one step",
     "training": "training only",
-}
-
-POLICIES = {
-    "adaptive": "trains beside answers while every deadline keeps a reserve",
-    "harli": "trains beside a step whose predicted time keeps the target",
-    "naive": "always trains beside answers; nothing is predicted",
-    "time_slice": "trains between steps, as much as the deadlines leave",
-    "serve_only": "never trains beside answers",
-    "train_only": "answers wait while there is something to train",
 }
 
 BAR_CELLS = 10
@@ -72,15 +65,15 @@ def duration(seconds: float) -> str:
 
 
 def mode(status: Status) -> str:
-    return f"{MODES[status.mode]} · {status.reason}"
+    return f"{MODES[status.mode]} · {in_words(status.reason)}"
 
 
-def policy(name: str) -> str:
-    """What a policy does; nothing for one that only the appliance knows."""
-    kind, _, number = name.partition(":")
-    if kind == "time_slice" and number:
-        return f"trains one micro-batch after every {number} steps, whatever the deadlines"
-    return POLICIES.get(name, "")
+def classes(slo: SloView) -> str:
+    """What was kept of the promise to each class that had requests; nothing where all are of one class."""
+    seen = [part for part in slo.classes if part.requests]
+    if len(seen) < 2:
+        return ""
+    return ", ".join(f"{part.name} {percent(part.attainment)}" for part in seen)
 
 
 def clock(seconds: float) -> str:

@@ -8,9 +8,12 @@ from harli_appliance.errors import UsageError
 from harli_appliance.scheduling.names import STATIC, check_policy
 from harli_appliance.scheduling.policies.adaptive import Adaptive
 from harli_appliance.scheduling.policies.every_n_steps import EveryNSteps
+from harli_appliance.scheduling.policies.flexllm import FlexLlm
 from harli_appliance.scheduling.policies.harli import Harli
+from harli_appliance.scheduling.policies.llmstation import LlmStation
 from harli_appliance.scheduling.policies.naive import Naive
 from harli_appliance.scheduling.policies.policy import Policy, Situation
+from harli_appliance.scheduling.policies.reactive import Reactive
 from harli_appliance.scheduling.policies.serve_only import ServeOnly
 from harli_appliance.scheduling.policies.static import Static
 from harli_appliance.scheduling.policies.time_slice import TimeSlice
@@ -25,6 +28,10 @@ _MAKE: dict[str, Callable[[Splits], Policy]] = {
     "adaptive": Adaptive,
     "harli": Harli,
     "naive": lambda _: Naive(),
+    "flexllm": lambda _: FlexLlm(),
+    "llmstation": lambda _: LlmStation(),
+    "adaptive-no-predictor": lambda _: Reactive(),
+    "adaptive-no-partitions": lambda _: TimeSlice(),  # what is left of `adaptive` is to take turns
     "time_slice": lambda _: TimeSlice(),
     "time_slice:64": lambda _: EveryNSteps(64),
     "time_slice:128": lambda _: EveryNSteps(128),

@@ -1,0 +1,138 @@
+"""Teaching the predictor before anything is promised: a short sweep of steps, alone and beside training.
+
+Rounds of made-up requests, each round with more of them: their prompts are chunks to process, their answers decode
+steps of that batch size. Every other step has training units beside it. Runs before the engine ticks and before
+requests are taken, on the engine's own runtime and lanes, so that what is measured is what will run. Knows steps
+and times; does not know policies or what a unit computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from harli_appliance.engine.lanes import Lane
+from harli_appliance.engine.steps import step_of
+from harli_appliance.runtime.protocol import Runtime, Sampling, StepPlan, Submission
+from harli_appliance.scheduling.predictor import Predictor
+from harli_appliance.scheduling.types import Step
+
+BATCHES = (1, 2, 4, 8, 16)
+"""Requests of a round."""
+PROMPTS = (24, 96, 256, 160)
+"""Tokens of their prompts, in turn."""
+DECODES = 12
+"""Decode steps of a round; half of them beside training."""
+WARM_UP = 2
+"""Decode steps before the first round; first steps are slower than any that follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """Prompts of these lengths, answered together with `decodes` + 1 tokens each."""
+
+    prompts: tuple[int, ...]
+    decodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    step: Step
+    took_ms: float
+    corun: bool
+
+
+def rounds(slots: int, context: int, most_running: int) -> list[Round]:
+    """The sweep, as far as it fits.
+
+    Args:
+        slots: of the pool; a round takes half of them at most.
+        context: longest prompt and answer, in tokens.
+        most_running: requests that can be decoded together.
+    """
+    found = []
+    for batch in BATCHES:
+        longest = context - DECODES - 1
+        lengths = tuple(min(PROMPTS[i % len(PROMPTS)], longest) for i in range(batch))
+        if batch <= most_running and sum(lengths) + batch * (DECODES + 1) <= slots / 2:
+            found.append(Round(lengths, DECODES))
+    return found
+
+
+class Calibration:
+    """Runs the sweep; `run` once.
+
+    Args:
+        unit: one unit of training work, or None where nothing can be finetuned: then steps are only run alone.
+        vocabulary: prompts are made of tokens below this.
+        on_progress: called with the share that is done, in (0, 1].
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        predictor: Predictor,
+        inference: Lane,
+        training: Lane,
+        unit: Callable[[], None] | None,
+        *,
+        vocabulary: int,
+        on_progress: Callable[[float], None],
+    ) -> None:
+        self._runtime = runtime
+        self._predictor = predictor
+        self._inference = inference
+        self._training = training
+        self._unit = unit
+        self._vocabulary = vocabulary
+        self._on_progress = on_progress
+        self._rng = random.Random(0)
+        self._requests = 0
+
+    async def run(self, sweep: Sequence[Round]) -> None:
+        """Measure every round, then teach: steps alone first, because the slowdown is learned on top of them."""
+        if self._unit is not None:
+            await self._training.run(self._unit)
+        await self._measure(Round((PROMPTS[0],), WARM_UP))
+        samples: list[_Sample] = []
+        total = sum(len(part.prompts) for part in sweep)
+        for part in sweep:
+            samples += await self._measure(part)
+            done = sum(len(earlier.prompts) for earlier in sweep[: sweep.index(part) + 1])
+            self._on_progress(done / total)
+        for sample in sorted(samples, key=lambda sample: sample.corun):
+            self._predictor.observe(sample.step, sample.took_ms, corun=sample.corun)
+
+    async def _measure(self, part: Round) -> list[_Sample]:
+        await self._inference.run(self._submit, part)
+        samples: list[_Sample] = []
+        beside = dict.fromkeys(("prefill", "decode"), False)
+        while (plan := await self._inference.run(self._runtime.plan)) is not None:
+            corun = beside[plan.kind]
+            samples.append(_Sample(step_of(plan), await self._step(plan, corun), corun))
+            beside[plan.kind] = self._unit is not None and not corun
+        return samples
+
+    def _submit(self, part: Round) -> None:
+        for length in part.prompts:
+            self._requests += 1
+            prompt = [self._rng.randrange(self._vocabulary) for _ in range(length)]
+            sampling = Sampling(max_tokens=part.decodes + 1, ignore_eos=True)
+            self._runtime.submit(Submission(f"calibration-{self._requests}", prompt, sampling))
+
+    async def _step(self, plan: StepPlan, corun: bool) -> float:
+        """Milliseconds that the step took."""
+        stop = asyncio.Event()
+        beside = asyncio.create_task(self._units(stop)) if corun else None
+        await asyncio.sleep(0)  # let the first unit begin
+        outcome = await self._inference.run(self._runtime.execute, plan)
+        stop.set()
+        if beside is not None:
+            await beside
+        return 1e3 * outcome.seconds
+
+    async def _units(self, stop: asyncio.Event) -> None:
+        while self._unit is not None and not stop.is_set():
+            await self._training.run(self._unit)

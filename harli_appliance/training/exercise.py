@@ -1,0 +1,45 @@
+"""Work that loads the training lane as a work unit does, without a job: what a calibration runs beside steps.
+
+One decoder layer forward and backward over a window of random hidden states; the next unit takes the next
+layer, so that weights are read from memory as in training. Knows layers; does not know adapters, leases or
+lanes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from harli_appliance.training.backbone import Backbone
+
+
+class Exercise:
+    """Call it for one unit; on the training lane.
+
+    Args:
+        tokens: of the window.
+    """
+
+    def __init__(self, backbone: Backbone, tokens: int) -> None:
+        self._backbone = backbone
+        self._positions = torch.arange(tokens, device=backbone.device)
+        self._layer = 0
+
+    def __call__(self) -> None:
+        number = self._layer
+        self._layer = (number + 1) % len(self._backbone.layers)
+        tokens = len(self._positions)
+        layer: Any = self._backbone.layers[number]
+        weight = next(layer.parameters())
+        hidden = torch.randn(1, tokens, self._backbone.hidden_size, dtype=weight.dtype, device=weight.device)
+        hidden.requires_grad_()
+        seen = torch.ones(tokens, tokens, dtype=torch.bool, device=weight.device).tril()
+        with torch.enable_grad():
+            out = layer(
+                hidden,
+                attention_mask=self._backbone.attention_mask(seen),
+                position_ids=self._positions[None],
+                position_embeddings=self._backbone.rotary(self._positions)[number],
+            )
+            torch.autograd.grad((out[0] if isinstance(out, tuple) else out).sum(), hidden)
