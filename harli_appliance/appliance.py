@@ -325,6 +325,8 @@ class Appliance:
             self._training,
             Exercise(self._backbone, settings.training.window_tokens) if self._finetunes else None,
             vocabulary=self._runtime.vocabulary,
+            splits=self._cuda.splits if self._cuda is not None else (),
+            arrange=self._cuda.arrange if self._cuda is not None else lambda _: None,
             on_progress=note,
         )
         running = settings.model.max_running_requests

@@ -11,7 +11,7 @@ from harli_appliance.engine.lanes import Lane
 from harli_appliance.runtime.protocol import NewTokens, StepOutcome, StepPlan, Submission
 from harli_appliance.runtime.weights import shared_model
 from harli_appliance.scheduling.predictor import Predictor
-from harli_appliance.scheduling.types import Step
+from harli_appliance.scheduling.types import Decision, Split, Step
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.exercise import Exercise
 from tests.conftest import Serving
@@ -98,6 +98,27 @@ async def test_without_finetuning_steps_are_only_run_alone(lanes: tuple[Lane, La
     await calibration.run([Round((20, 30), 12)])
     assert predictor.solo(Step("decode", 2, 100)) is not None
     assert predictor.corun(Step("decode", 2, 100)) is None
+
+
+async def test_every_split_is_measured_and_the_whole_device_only_alone(lanes: tuple[Lane, Lane]) -> None:
+    predictor, halves = Predictor(), Split("half", 0.5, 0.5)
+    arranged: list[Decision] = []
+    calibration = Calibration(
+        CountedRuntime(),  # type: ignore[arg-type]
+        predictor,
+        *lanes,
+        lambda: None,
+        vocabulary=50,
+        splits=(halves,),
+        arrange=arranged.append,
+        on_progress=lambda _: None,
+    )
+    await calibration.run([Round((20, 30), 20)])
+    step = Step("decode", 2, 100)
+    known = [predictor.solo(step), predictor.solo(step, halves), predictor.corun(step, halves)]
+    assert None not in known
+    assert predictor.corun(step) is None
+    assert [decision.split for decision in arranged] == [None, None, halves]
 
 
 @pytest.mark.parametrize(

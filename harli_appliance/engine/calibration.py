@@ -17,7 +17,7 @@ from harli_appliance.engine.lanes import Lane
 from harli_appliance.engine.steps import step_of
 from harli_appliance.runtime.protocol import Runtime, Sampling, StepPlan, Submission
 from harli_appliance.scheduling.predictor import Predictor
-from harli_appliance.scheduling.types import Step
+from harli_appliance.scheduling.types import UNLIMITED, Decision, Split, Step
 
 BATCHES = (1, 2, 4, 8, 16)
 """Requests of a round."""
@@ -42,6 +42,7 @@ class _Sample:
     step: Step
     took_ms: float
     corun: bool
+    split: Split | None
 
 
 def rounds(slots: int, context: int, most_running: int) -> list[Round]:
@@ -67,6 +68,8 @@ class Calibration:
     Args:
         unit: one unit of training work, or None where nothing can be finetuned: then steps are only run alone.
         vocabulary: prompts are made of tokens below this.
+        splits: ways to divide the device at run time: the sweep is made on each of them, and alone on the whole.
+        arrange: puts the lanes where a decision wants them, as for the engine.
         on_progress: called with the share that is done, in (0, 1].
     """
 
@@ -79,6 +82,8 @@ class Calibration:
         unit: Callable[[], None] | None,
         *,
         vocabulary: int,
+        splits: Sequence[Split] = (),
+        arrange: Callable[[Decision], None] = lambda _: None,
         on_progress: Callable[[float], None],
     ) -> None:
         self._runtime = runtime
@@ -87,6 +92,8 @@ class Calibration:
         self._training = training
         self._unit = unit
         self._vocabulary = vocabulary
+        self._splits = splits
+        self._arrange = arrange
         self._on_progress = on_progress
         self._rng = random.Random(0)
         self._requests = 0
@@ -95,24 +102,34 @@ class Calibration:
         """Measure every round, then teach: steps alone first, because the slowdown is learned on top of them."""
         if self._unit is not None:
             await self._training.run(self._unit)
-        await self._measure(Round((PROMPTS[0],), WARM_UP))
+        await self._measure(Round((PROMPTS[0],), WARM_UP), None, beside=False)
+        places: list[Split | None] = [None, *self._splits]
         samples: list[_Sample] = []
-        total = sum(len(part.prompts) for part in sweep)
-        for part in sweep:
-            samples += await self._measure(part)
-            done = sum(len(earlier.prompts) for earlier in sweep[: sweep.index(part) + 1])
-            self._on_progress(done / total)
+        total = len(places) * sum(len(part.prompts) for part in sweep)
+        done = 0
+        for split in places:
+            # Where the device can be divided, nothing runs beside a step that has the whole of it.
+            beside = self._unit is not None and (split is not None or not self._splits)
+            for part in sweep:
+                samples += await self._measure(part, split, beside=beside)
+                done += len(part.prompts)
+                self._on_progress(done / total)
         for sample in sorted(samples, key=lambda sample: sample.corun):
-            self._predictor.observe(sample.step, sample.took_ms, corun=sample.corun)
+            self._predictor.observe(sample.step, sample.took_ms, corun=sample.corun, split=sample.split)
 
-    async def _measure(self, part: Round) -> list[_Sample]:
+    async def _measure(self, part: Round, split: Split | None, *, beside: bool) -> list[_Sample]:
+        """Steps of a round; where asked for, every other one of a kind has units beside it."""
+        if split is None:
+            self._arrange(Decision("pause", "measuring", serve=True, units=0))
+        else:
+            self._arrange(Decision("partition", "measuring", serve=True, units=UNLIMITED, split=split))
         await self._inference.run(self._submit, part)
         samples: list[_Sample] = []
-        beside = dict.fromkeys(("prefill", "decode"), False)
+        following = dict.fromkeys(("prefill", "decode"), False)
         while (plan := await self._inference.run(self._runtime.plan)) is not None:
-            corun = beside[plan.kind]
-            samples.append(_Sample(step_of(plan), await self._step(plan, corun), corun))
-            beside[plan.kind] = self._unit is not None and not corun
+            corun = following[plan.kind]
+            samples.append(_Sample(step_of(plan), await self._step(plan, corun), corun, split))
+            following[plan.kind] = beside and not corun
         return samples
 
     def _submit(self, part: Round) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Final, Literal
 
 Reason = Literal[
+    "measuring",
     "nothing_to_do",
     "nothing_to_serve",
     "no_training_work",
@@ -32,6 +33,7 @@ Reason = Literal[
 ]
 
 _WORDS: Final[Mapping[str, str]] = {
+    "measuring": "the device is measured before requests are taken",
     "nothing_to_do": "no requests and no training work",
     "nothing_to_serve": "no requests: training has the device",
     "no_training_work": "no job, or the job waits for memory",
