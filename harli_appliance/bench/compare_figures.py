@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 Policies = Mapping[str, Mapping[str, Any]]
 
-_COLOURS: Final = ("blue", "orange", "red", "grey", "ink")
+_COLOURS: Final = ("blue", "red", "grey", "ink")
+"""Orange is the promise, green is ours."""
 _DASHES: Final = ("-", "--", ":")
 _SHAPES: Final = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "d", "*")
 _MODES: Final = {
