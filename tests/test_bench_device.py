@@ -150,5 +150,10 @@ def test_a_random_model_is_a_whole_folder(tmp_path: Path) -> None:
     assert len(one_token_words(tmp_path)) == WORDS, "enough to make prompts of"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert len(tokenizer) <= SHAPES["tiny"].vocabulary
+    asked = [{"role": "user", "content": "ab cd"}]
+    answered = [*asked, {"role": "assistant", "content": "ef gh"}]
+    before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    after = tokenizer.apply_chat_template(answered, return_dict=False)
+    assert after[: len(before)] == before, "an answer can be trained on"
     tokens = tokenizer("harli").input_ids
     assert model(torch.tensor([tokens])).logits.isfinite().all()

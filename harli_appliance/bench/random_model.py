@@ -22,9 +22,11 @@ from torch import Tensor
 from harli_appliance.bench.device_shapes import SHAPES, Shapes
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% for message in messages %}{{ message['role'] }}:{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+"""Without a space before the content, which would become one token with its first word: an answer must leave the
+tokens of what comes before it as they are, or it cannot be trained on."""
 SPREAD = 0.02
 DRAWN = 1 << 24
 """Random numbers that are drawn; longer tensors repeat them, which costs a fraction of drawing billions."""
