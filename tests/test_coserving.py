@@ -35,6 +35,8 @@ from harli_appliance.training.trainer import Trainer
 from tests.conftest import Serving
 from tests.test_runtime import greedy, prompt
 
+SEQUENCE_TOKENS = 64
+
 
 def a_job(job_id: str = "ftjob-test", epochs: int = 2, rate: float = 5e-3, dropout: float = 0.0) -> Job:
     return Job(
@@ -152,6 +154,8 @@ class Rig:
     backbone: Backbone
     adapters: Path
     predictor: Predictor
+    slots: dict[str, int]
+    """Of each job that began: those of its adapter's state."""
 
     def weights_of(self, job: str) -> bytes:
         return (self.adapters / job / "adapter_model.safetensors").read_bytes()
@@ -184,10 +188,11 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
         pool = SlotPool(serving.slots, watermark=watermark)
         pools.append(pool)
         backbone = Backbone(twin)
-        options = RunOptions(16, 64, 3, 2, tmp_path / "checkpoints")
+        options = RunOptions(16, SEQUENCE_TOKENS, 3, 2, tmp_path / "checkpoints")
+        slots: dict[str, int] = {}
 
         def start(job: Job, data: Path) -> JobRun:
-            return JobRun(
+            run = JobRun(
                 job,
                 data,
                 backbone.twin(),
@@ -196,6 +201,8 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
                 options,
                 pool.leasable,
             )
+            slots[job.id] = run.state.slots
+            return run
 
         async def finish(job: Job, run: JobRun) -> None:
             folder = tmp_path / "adapters" / job.id
@@ -215,7 +222,7 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
             lane, max_queued=64,
         )  # fmt: skip
         tasks.extend([asyncio.create_task(engine.run()), asyncio.create_task(trainer.run())])
-        return Rig(engine, trainer, pool, queue, backbone, tmp_path / "adapters", predictor)
+        return Rig(engine, trainer, pool, queue, backbone, tmp_path / "adapters", predictor, slots)
 
     yield build
     for task in tasks:

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from harli_appliance.api.ports import Job
+from harli_appliance.training.activations import footprint
 from tests.conftest import Serving
-from tests.test_coserving import Rig, RigFactory, a_job, lesson, rig  # noqa: F401  fixtures
+from tests.test_coserving import SEQUENCE_TOKENS, Rig, RigFactory, a_job, lesson, rig  # noqa: F401  fixtures
 from tests.test_runtime import greedy, prompt
 
 PLAIN = a_job("ftjob-plain", epochs=2)
@@ -83,6 +84,26 @@ async def test_stopping_one_leaves_the_others_untouched(rig: RigFactory) -> None
     assert made.weights_of(PLAIN.id) == calm.weights_of("ftjob-calm")
     await asyncio.sleep(0.1)
     assert made.engine.state().pool.leased == 0
+
+
+async def test_jobs_that_do_not_fit_the_pool_together_take_turns_in_it(
+    rig: RigFactory,
+    serving: Serving,
+) -> None:
+    first, second = replace(PLAIN, id="ftjob-calm"), replace(DROPPING, id="ftjob-dropping-calm")
+    calm = await rig(jobs=[first, second], serve=False)
+    await asyncio.wait_for(calm.queue.ended.wait(), 120)
+    batch = footprint(calm.backbone, SEQUENCE_TOKENS).slots
+    leasable = max(calm.slots.values()) + batch
+    assert leasable < sum(calm.slots.values()) + batch
+    jobs = [PLAIN, DROPPING]
+    made = await rig(jobs=jobs, watermark=1 - (leasable + 0.5) / serving.slots.size, serve=False)
+    assert made.pool.leasable == leasable
+    await asyncio.wait_for(made.queue.ended.wait(), 120)
+    assert set(made.queue.outcomes.values()) == {"succeeded"}
+    for job, undisturbed in zip(jobs, (first, second), strict=True):
+        assert made.queue.told[job.id] == calm.queue.told[undisturbed.id]
+        assert made.weights_of(job.id) == calm.weights_of(undisturbed.id)
 
 
 async def test_a_job_that_is_not_at_its_turn_is_stopped_while_nothing_may_run(
