@@ -305,6 +305,8 @@ class Appliance:
         elif saved is not None:
             self._scheduler.predictor.restore(saved)
         await self._queue.recover()
+        kept = await self._queue.keeping_checkpoints()
+        await asyncio.to_thread(checkpoints.sweep, self._settings.checkpoints, kept)
         for adapter in await self._queue.adapters():
             try:
                 await self._shelf.put(adapter.name, adapter.path, adapter.job_id)

@@ -73,3 +73,11 @@ def test_a_half_written_one_is_never_seen(tmp_path: Path) -> None:
 
 def test_none_is_none(tmp_path: Path) -> None:
     assert checkpoints.load_newest(tmp_path / "never") is None
+
+
+def test_checkpoints_of_ended_jobs_are_swept(tmp_path: Path) -> None:
+    for job in ("ftjob-ended", "ftjob-going"):
+        checkpoints.save(tmp_path / job, Progress(1, 2, 3.0), tensors(1.0), keep=1)
+    checkpoints.sweep(tmp_path, {"ftjob-going"})
+    assert [path.name for path in tmp_path.iterdir()] == ["ftjob-going"]
+    checkpoints.sweep(tmp_path / "nowhere", set())

@@ -57,6 +57,17 @@ async def test_a_restart_queues_what_ran_and_does_what_was_asked_of_it(queue, da
     assert (await again.next_job()).id == fourth.id
 
 
+async def test_checkpoints_are_kept_for_what_may_go_on_and_for_what_failed(queue, settings, spec):
+    queued, paused, cancelled, failed, done = [(await queue.create_job(spec)).id for _ in range(5)]
+    await queue.cancel_job(cancelled)
+    await queue.set_priority(failed, 50)
+    await queue.set_priority(done, 40)
+    await queue.fail((await queue.next_job()).id, "x", "y")
+    await queue.succeed((await queue.next_job()).id, settings.adapters / "a", 8)
+    await queue.pause_job(paused)
+    assert await queue.keeping_checkpoints() == {queued, paused, failed}
+
+
 async def test_a_restart_sweeps_what_has_no_row_and_nothing_else(queue, database, settings, spec):
     (settings.files / "file-orphan.jsonl").write_bytes(GOOD)
     (settings.files / ".file-half.incoming").write_bytes(GOOD)

@@ -59,6 +59,12 @@ def list_jobs(db: Database, limit: int, after: str | None) -> tuple[list[Job], b
     return [_job(row) for row in rows], more
 
 
+def keeping_checkpoints(db: Database) -> set[str]:
+    """Ids of the jobs whose checkpoints are of use: those that may go on, and failed ones, for a person to look."""
+    rows = db.table("jobs").rows_where("status NOT IN ('succeeded', 'cancelled')", select="id")
+    return {row["id"] for row in rows}
+
+
 def overview(db: Database, limit: int) -> list[Job]:
     """What matters now: running jobs, queued ones in their order, paused ones, then what ended last."""
     order = (

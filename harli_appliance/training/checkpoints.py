@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -87,6 +87,13 @@ def load_newest(home: Path) -> tuple[Progress, dict[str, Tensor]] | None:
 def remove(home: Path, step: int) -> None:
     """Remove the checkpoint of `step`, if there is one."""
     shutil.rmtree(_folder(home, step), ignore_errors=True)
+
+
+def sweep(root: Path, kept: Container[str]) -> None:
+    """Remove the checkpoints in `root` of every job that is not among `kept`."""
+    for home in root.glob("*"):
+        if home.name not in kept:
+            discard(home)
 
 
 def discard(home: Path) -> None:

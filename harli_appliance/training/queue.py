@@ -1,4 +1,4 @@
-"""The job queue: what people ask of it, and what the trainer tells it.
+"""The job queue: what people ask of it, and what the trainer tells it. Its files are `file_library`'s.
 
 Every method has its effect on disk when it returns. It lives on one event loop, on which the trainer waits
 for jobs; a caller that goes away in the middle (a client that hangs up) leaves nothing half done. Knows
@@ -9,40 +9,32 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from pathlib import Path
 
-import structlog
 from sqlite_utils import Database as Connection
 
-from harli_appliance.api.ports import FineTuning, Job, JobEvent, JobSpec, StoredFile
+from harli_appliance.api.ports import FineTuning, Job, JobEvent, JobSpec
 from harli_appliance.config import Settings
-from harli_appliance.errors import Conflict, DatasetError, NotFound, UsageError
+from harli_appliance.errors import Conflict
 from harli_appliance.schema import ENDED, JobStatus
 from harli_appliance.store import adapters as adapter_rows
 from harli_appliance.store import files as file_rows
 from harli_appliance.store import jobs as job_rows
 from harli_appliance.store.adapters import Adapter
 from harli_appliance.store.database import Database
-from harli_appliance.store.ids import new_id
-from harli_appliance.training.dataset import MIB, CountTokens, check_dataset
-from harli_appliance.training.findings import Report
+from harli_appliance.training.dataset import CountTokens
+from harli_appliance.training.file_library import FileLibrary, one_line
 from harli_appliance.training.hyperparameters import adapter_name, check_priority, resolve
-from harli_appliance.training.uploads import UploadFolder
 
-PURPOSE = "fine-tune"
 STEP_EVENTS = 100
 """A job tells of about so many of its steps, however long it is; the row always has the last one."""
 
 _OUTCOMES: Mapping[job_rows.Ask, JobStatus] = {"pause": "paused", "cancel": "cancelled"}
 
-T = TypeVar("T")
-log = structlog.get_logger(__name__)
 
-
-class JobQueue(FineTuning):
+class JobQueue(FileLibrary, FineTuning):
     """Files, jobs and adapters of one data directory.
 
     Args:
@@ -60,78 +52,10 @@ class JobQueue(FineTuning):
         count_tokens: CountTokens | None = None,
         context_length: int | None = None,
     ) -> None:
-        self._database = database
-        self._settings = settings
+        super().__init__(database, settings, count_tokens=count_tokens, context_length=context_length)
         self._model = model
-        self._count_tokens = count_tokens
-        self._context_length = context_length
-        self._uploads = UploadFolder(settings.files)
         self._queued = asyncio.Event()
         self._asked: dict[str, job_rows.Ask] = {}
-        self._unfinished: set[asyncio.Task[Any]] = set()
-
-    # -- files ---------------------------------------------------------------------------------------------
-
-    async def create_file(self, path: Path, filename: str, purpose: str) -> StoredFile:
-        """Check the upload at `path` and take it over; on an error it is still the caller's to delete.
-
-        Raises:
-            UsageError: the purpose is not fine-tune.
-            DatasetError: the file is no good; carries the findings.
-        """
-        if purpose != PURPOSE:
-            raise UsageError(f"purpose '{purpose}' is not supported; use '{PURPOSE}'", param="purpose")
-        report = await asyncio.to_thread(
-            check_dataset,
-            path,
-            count_tokens=self._count_tokens,
-            context_length=self._context_length,
-            max_file_bytes=self._settings.server.max_upload_mib * MIB,
-        )
-        if not report.ok:
-            raise DatasetError(_refusal(report), findings=report.errors)
-        return await self._to_the_end(self._take_over(path, filename, report.examples))
-
-    async def _take_over(self, path: Path, filename: str, examples: int) -> StoredFile:
-        file_id = new_id("file")
-        name = _storable(PurePath(filename).name)[:255] or "upload.jsonl"
-        await asyncio.to_thread(self._uploads.bring_in, path, file_id)
-
-        def keep(db: Connection) -> StoredFile:
-            self._uploads.reveal(file_id)
-            size = self._uploads.path(file_id).stat().st_size
-            return file_rows.insert_file(db, file_id, name, PURPOSE, size, examples)
-
-        try:
-            return await self._database.run(keep)
-        except BaseException:
-            self._uploads.discard(file_id)
-            raise
-
-    async def files(self) -> list[StoredFile]:
-        return await self._database.run(file_rows.list_files)
-
-    async def file(self, file_id: str) -> StoredFile:
-        return await self._database.run(lambda db: file_rows.get_file(db, file_id))
-
-    async def file_path(self, file_id: str) -> Path:
-        """Where the bytes of a file lie.
-
-        Raises:
-            NotFound: there is no such file, or someone removed its bytes.
-        """
-        path = self._uploads.path((await self.file(file_id)).id)
-        if not await asyncio.to_thread(path.is_file):
-            raise NotFound(f"the content of file '{file_id}' is gone from {path}; upload it again")
-        return path
-
-    async def delete_file(self, file_id: str) -> None:
-        """Remove a file that no job needs any more."""
-        await self._to_the_end(self._delete_file(file_id))
-
-    async def _delete_file(self, file_id: str) -> None:
-        await self._database.run(lambda db: file_rows.delete_file(db, file_id))
-        await asyncio.to_thread(self._uploads.discard, file_id)
 
     # -- jobs ----------------------------------------------------------------------------------------------
 
@@ -286,8 +210,7 @@ class JobQueue(FineTuning):
             return [file.id for file in file_rows.list_files(db)]
 
         known = await self._database.run(requeue)
-        for name in await asyncio.to_thread(self._uploads.sweep, known):
-            log.warning("removed an unfinished upload", file=name)
+        await self._sweep(known)
         self._queued.set()
 
     async def wait_for_job(self) -> None:
@@ -356,7 +279,7 @@ class JobQueue(FineTuning):
     ) -> JobEvent:
         """Tell of something in a job's life. Numbers in `data` are finite."""
         return await self._database.run(
-            lambda db: job_rows.add_event(db, job_id, level, _storable(message), data)
+            lambda db: job_rows.add_event(db, job_id, level, one_line(message), data)
         )
 
     async def succeed(self, job_id: str, adapter_path: Path, rank: int) -> Job:
@@ -376,7 +299,7 @@ class JobQueue(FineTuning):
         """End a running job without an adapter."""
 
         def end(db: Connection) -> Job:
-            reason = _storable(message)
+            reason = one_line(message)
             job = job_rows.move_job(db, job_id, "failed", error_code=code, error_message=reason)
             job_rows.add_event(db, job_id, "error", f"Job failed: {reason}", {"code": code})
             return job
@@ -392,14 +315,14 @@ class JobQueue(FineTuning):
         self._queued.set()
         return job
 
+    async def keeping_checkpoints(self) -> set[str]:
+        """Ids of the jobs whose checkpoints may still be of use."""
+        return await self._database.run(job_rows.keeping_checkpoints)
+
     async def adapters(self) -> list[Adapter]:
         """Every finished adapter, the oldest first."""
         found = await self._database.run(adapter_rows.list_adapters)
         return [replace(adapter, path=self._settings.home / adapter.path) for adapter in found]
-
-    async def close(self) -> None:
-        """Wait for what callers that went away have left under way."""
-        await asyncio.gather(*self._unfinished, return_exceptions=True)
 
     # -- inside --------------------------------------------------------------------------------------------
 
@@ -411,13 +334,6 @@ class JobQueue(FineTuning):
         """A path in the data directory is kept relative to it, so that the directory can be moved."""
         home = self._settings.home
         return path.relative_to(home) if path.is_relative_to(home) else path.absolute()
-
-    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await `work`, which goes on when the caller is cancelled."""
-        task = asyncio.create_task(work)
-        self._unfinished.add(task)
-        task.add_done_callback(self._unfinished.discard)
-        return await asyncio.shield(task)
 
 
 def _stopped(db: Connection, job_id: str) -> Job:
@@ -433,14 +349,3 @@ def _move(db: Connection, job_id: str, status: JobStatus) -> Job:
 
 def _state(job: Job, rule: str) -> Conflict:
     return Conflict(f"job '{job.id}' is {job.status}; {rule}", code="job_state")
-
-
-def _refusal(report: Report) -> str:
-    first, *more = report.errors
-    others = f" (and {len(more)} more; `harli data check` lists them)" if more else ""
-    return f"the training file is refused: line {first.line}: {first.message}{others}"
-
-
-def _storable(text: str) -> str:
-    """Text that SQLite can keep and a terminal can print: one line, no half characters."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())
