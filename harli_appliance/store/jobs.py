@@ -60,7 +60,7 @@ def list_jobs(db: Database, limit: int, after: str | None) -> tuple[list[Job], b
 
 
 def keeping_checkpoints(db: Database) -> set[str]:
-    """Ids of the jobs whose checkpoints are of use: those that may go on, and failed ones, for a person to look."""
+    """Ids of the jobs whose checkpoints are of use: those that may go on, and failed ones."""
     rows = db.table("jobs").rows_where("status NOT IN ('succeeded', 'cancelled')", select="id")
     return {row["id"] for row in rows}
 
