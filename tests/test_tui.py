@@ -182,6 +182,7 @@ async def test_keys_act_on_the_job_under_the_cursor(port: FakeAppliance) -> None
         await until(pilot, lambda: "Something of note" in shown(app))
         await pilot.press("escape", "x")
         await until(pilot, lambda: "Cancel the job?" in shown(app))
+        assert "is paused and has made no step yet" in shown(app)
         await pilot.press("escape")
         await pilot.press("x")
         await until(pilot, lambda: isinstance(app.screen, CancelScreen))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from harli_appliance.cli.connect import Json, Url, base_model, talk
-from harli_appliance.cli.output import note, number, print_json, print_table, when
+from harli_appliance.cli.output import note, number, print_json, print_table, steps, when
 
 if TYPE_CHECKING:
     from harli_appliance.api.wire import JobEventObject, JobObject
@@ -143,7 +143,7 @@ def list_(
         (
             job.id,
             job.status,
-            f"{job.harli.step}/{job.harli.total_steps}",
+            steps(job.harli.step, job.harli.total_steps),
             number(job.harli.loss),
             str(job.harli.priority),
             when(job.created_at),

@@ -41,6 +41,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     Console(width=None if sys.stdout.isatty() else UNLIMITED_WIDTH, highlight=False).print(table)
 
 
+def steps(made: int, in_all: int) -> str:
+    """Optimizer steps; a job that has not begun does not know yet how many it has."""
+    return f"{made}/{in_all}" if in_all else "-"
+
+
 def when(epoch: int | None) -> str:
     """A time of day in the reader's zone."""
     if epoch is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harli_appliance.cli.connect import Json, Url, connect, talk
-from harli_appliance.cli.output import note, number, print_json, print_table
+from harli_appliance.cli.output import note, number, print_json, print_table, steps
 from harli_appliance.scheduling.reasons import in_words
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def ps(json: Json = False, url: Url = None) -> None:
             (
                 job.id,
                 job.status,
-                f"{job.step}/{job.total_steps}",
+                steps(job.step, job.total_steps),
                 number(job.loss),
                 str(job.priority),
                 number(job.device_share, ".0%"),

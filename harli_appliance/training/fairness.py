@@ -15,7 +15,7 @@ from harli_appliance.schema import JobOrder
 QUANTUM_MS = 50.0
 """Device time that a weight of 1 is given a round. Smaller than a turn, so that turns alternate."""
 
-RECENT_MS = 30_000.0
+RECENT_MS = 120_000.0
 """Device time over which `RecentShares` forgets two thirds."""
 
 

@@ -71,10 +71,7 @@ class CancelScreen(ModalScreen[bool]):
         with Vertical(classes="dialog") as box:
             box.border_title = "Cancel the job?"
             box.border_subtitle = "y yes · Esc no"
-            made = f"{self._job.step} of {self._job.total_steps} steps are lost." if self._job.step else ""
-            yield Static(
-                f"{self._job.id} is {self._job.status}. {made}\nSpace pauses it instead and keeps them."
-            )
+            yield Static(words.cancelling(self._job))
 
     def action_answer(self, answer: bool) -> None:
         self.dismiss(answer)

@@ -114,6 +114,16 @@ def hardware(status: Status) -> str:
     return " · ".join(parts)
 
 
+def cancelling(job: JobView) -> str:
+    """What cancelling a job would mean."""
+    if not job.step:
+        return f"{job.id} is {job.status} and has made no step yet."
+    return (
+        f"{job.id} is {job.status}; its {job.step} of {job.total_steps} steps are lost.\n"
+        "Space pauses it instead and keeps them."
+    )
+
+
 def progress(job: JobView) -> str:
     """A small bar and the steps; nothing before the number of steps is known."""
     if not job.total_steps:
