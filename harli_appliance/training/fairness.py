@@ -43,8 +43,8 @@ class DeficitRoundRobin:
 
     A round gives everyone that is ready `quantum_ms` times its weight; whoever has something left may take a turn
     and may overdraw by its length. So two that are always ready differ in device time over weight by at most
-    `quantum_ms` plus the longest turn over the smaller weight. Who is not ready is given nothing and keeps no
-    credit: having waited for memory is no reason to hold up the others later. Debts stay.
+    `quantum_ms` plus the longest turn over the smaller weight. Who is not ready is given nothing: having
+    waited for memory is no reason to hold up the others later. Debts stay.
     """
 
     def __init__(self, quantum_ms: float = QUANTUM_MS) -> None:
@@ -66,8 +66,6 @@ class DeficitRoundRobin:
         waiting = [name for name in self._left if name in ready]
         if not waiting:
             return None
-        for name in self._left.keys() - waiting:
-            self._left[name] = min(self._left[name], 0.0)
         if all(self._left[name] <= 0.0 for name in waiting):
             self._give_rounds(waiting)
         return next(name for name in waiting if self._left[name] > 0.0)
