@@ -97,7 +97,9 @@ async def test_jobs_that_do_not_fit_the_pool_together_take_turns_in_it(
     leasable = max(calm.slots.values()) + batch
     assert leasable < sum(calm.slots.values()) + batch
     jobs = [PLAIN, DROPPING]
-    made = await rig(jobs=jobs, watermark=1 - (leasable + 0.5) / serving.slots.size, serve=False)
+    made = await rig(
+        jobs=jobs, watermark=(serving.slots.size - leasable + 0.5) / serving.slots.size, serve=False
+    )
     assert made.pool.leasable == leasable
     await asyncio.wait_for(made.queue.ended.wait(), 120)
     assert set(made.queue.outcomes.values()) == {"succeeded"}
