@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 import structlog
@@ -76,7 +76,11 @@ from harli_appliance.training.hyperparameters import adapter_name
 from harli_appliance.training.job_run import JobRun, RunOptions
 from harli_appliance.training.queue import JobQueue
 from harli_appliance.training.rehearsal import rehearsal_slots, rehearse
+from harli_appliance.training.submission import refuse_unfit
 from harli_appliance.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from harli_appliance.runtime.kv import SglangSlots
 
 log = structlog.get_logger(__name__)
 
@@ -118,6 +122,7 @@ class Appliance:
             model=self._name,
             count_tokens=codec.count_tokens,
             context_length=context,
+            refuse_unfit=self._refuse_unfit,
         )
         self._gpu = gpu
         self._cuda = cuda_lanes(gpu) if gpu is not None else None
@@ -384,6 +389,20 @@ class Appliance:
         return self._scheduler
 
     @property
+    def pool(self) -> SlotPool:
+        """There once it started."""
+        return self._pool
+
+    @property
+    def slots(self) -> SglangSlots:
+        """There once it started; to be touched on the inference lane only."""
+        return self._slots
+
+    @property
+    def inference(self) -> Lane:
+        return self._inference
+
+    @property
     def runtime(self) -> Runtime:
         """There once it started; to be touched on the inference lane only."""
         return self._runtime
@@ -407,6 +426,11 @@ class Appliance:
             ),
             self._pool.leasable,
         )
+
+    def _refuse_unfit(self, job: Job, data: Path) -> None:
+        self._require_ready()
+        buffers = (self._slots.k_buffers, self._slots.v_buffers)
+        refuse_unfit(job, data, self._backbone, self._codec, buffers, self._pool.leasable)
 
     async def _finish_job(self, job: Job, run: JobRun) -> None:
         folder = self._settings.adapters / job.id

@@ -111,6 +111,7 @@ class TrainingView(Wire):
     running: list[RunningJobView] = []
     """In the order in which they began."""
     dropped_micro_batches: int = 0
+    swapped_micro_batches: int = 0
 
 
 class PartitionView(Wire):

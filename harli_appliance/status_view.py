@@ -76,6 +76,7 @@ def engine_views(engine: Engine, scheduler: Scheduler, trainer: Trainer) -> Engi
                 for job in training.running
             ],
             dropped_micro_batches=training.dropped_micro_batches,
+            swapped_micro_batches=training.swapped_micro_batches,
         ),
         pool=pool_view(now.pool),
         predictor=PredictorView(

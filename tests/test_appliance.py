@@ -261,6 +261,22 @@ def test_what_does_not_fit_the_context_is_refused_with_both_numbers(process: Pro
         ask(process.client, "nobody")
 
 
+def test_a_job_that_can_never_fit_the_pool_is_refused_at_submission(process: Process, tmp_path: Path) -> None:
+    """900 tokens take 2,600 of 3,687 slots that can be leased; what is left holds an adapter of rank 1, not 16."""
+    turns = [{"role": "user", "content": "otter " * 870}, {"role": "assistant", "content": "river"}]
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    before = len(process.client.fine_tuning.jobs.list().data)
+    with pytest.raises(
+        openai.BadRequestError, match=r"needs \d+ slots of the pool .* at most 3687"
+    ) as refusal:
+        finetune(process.client, data, 1, lora_rank=16)
+    assert refusal.value.code == "does_not_fit"
+    assert len(process.client.fine_tuning.jobs.list().data) == before
+    job = finetune(process.client, data, 1, lora_rank=1)
+    process.client.fine_tuning.jobs.cancel(job)
+
+
 def test_a_client_that_leaves_frees_its_place(process: Process) -> None:
     stream = process.client.chat.completions.create(
         model="tiny",

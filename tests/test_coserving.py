@@ -336,7 +336,8 @@ async def test_a_burst_takes_leased_slots_back_and_training_repeats_itself(
     await asyncio.wait_for(made.queue.ended.wait(), 120)
     assert undisturbed.queue.outcome == made.queue.outcome == "succeeded"
     assert made.pool.use().reclaims > 0, "the bursts must have needed leased slots"
-    assert made.trainer.state().dropped_micro_batches > 0
+    state = made.trainer.state()
+    assert state.dropped_micro_batches + state.swapped_micro_batches > 0
     assert made.queue.losses == undisturbed.queue.losses
     await asyncio.sleep(0.1)
     assert made.engine.state().pool.leased == 0, "the slots of an ended job are back though nothing is served"

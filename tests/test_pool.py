@@ -9,13 +9,55 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from harli_appliance.memory.pool import Lease, Purpose, SlotPool
+from harli_appliance.training.adapter_state import AdapterState
 from tests.radix_slots import MARGIN, RadixSlots, Request
 
 SIZE = 60
 
 
+WIDTH = 8
+
+
+class Trained:
+    """The state of an adapter of one parameter, and the same parameter trained in ordinary memory."""
+
+    def __init__(self) -> None:
+        self.rows = torch.full((SIZE, WIDTH), float("nan"))
+        self.lease: Lease | None = None
+        values = torch.arange(12.0).view(3, 4)
+        self._here, self._there = torch.nn.Parameter(values.clone()), torch.nn.Parameter(values.clone())
+        self._optimizers = [torch.optim.AdamW([each], lr=0.1) for each in (self._here, self._there)]
+        self.state = AdapterState([[self._here]], self._optimizers[0], [self.rows])
+        self.slots = self.state.slots
+
+    def train(self, seed: int) -> None:
+        gradient = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
+        self.state.begin_batch()
+        self.state.batch_gradients(0)[0].add_(gradient)
+        self.state.add_batch()
+        self._there.grad = gradient
+        for optimizer in self._optimizers:
+            optimizer.step()
+        self.state.begin_step()
+
+    def park(self) -> None:
+        assert self.lease is not None
+        self.state.park()
+        self.lease.release()
+        self.lease = None
+
+    def others_write(self, slots: list[int]) -> None:
+        """What serving and micro-batches do with the slots that are theirs."""
+        self.rows[torch.tensor(slots, dtype=torch.long)] = float("nan")
+
+    @property
+    def whole(self) -> bool:
+        return torch.equal(self._here, self._there)
+
+
 class PoolMachine(RuleBasedStateMachine):
-    """Serving (submit, tick, finish, cancel, evict) and holders (lease, release, crash) in any order."""
+    """Serving (submit, tick, finish, cancel, evict) and holders (lease, release, crash; an adapter that is
+    trained, placed and parked) in any order."""
 
     @initialize(watermark=st.sampled_from([0.0, 0.1]), keep=st.sampled_from([0.0, 0.2, 1.0]))
     def build(self, watermark: float, keep: float) -> None:
@@ -23,6 +65,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.reserve, self.keep = int(SIZE * watermark), int(SIZE * keep)
         self.pool = SlotPool(self.source, watermark=watermark, keep_cached=keep)
         self.leases: list[Lease] = []
+        self.trained = Trained()
 
     # -- training ------------------------------------------------------------------------------------------
 
@@ -57,6 +100,23 @@ class PoolMachine(RuleBasedStateMachine):
             lease.release()
         self.leases.remove(lease)
 
+    @precondition(lambda self: self.trained.lease is None)
+    @rule()
+    def place(self) -> None:
+        lease = self.pool.grant_contiguous(self.trained.slots, lambda: None, holder="state")
+        if lease is not None:
+            self.trained.lease = lease
+            self.trained.state.place(lease.indices)
+
+    @precondition(lambda self: self.trained.lease is not None)
+    @rule()
+    def park(self) -> None:
+        self.trained.park()
+
+    @rule(seed=st.integers(0, 2**16))
+    def train(self, seed: int) -> None:
+        self.trained.train(seed)
+
     # -- serving -------------------------------------------------------------------------------------------
 
     @rule(prompt=st.integers(1, 40), answer=st.integers(1, 30))
@@ -71,8 +131,11 @@ class PoolMachine(RuleBasedStateMachine):
         shortage = self.pool.shortage()
         for lease in self.pool.revoke(shortage) if shortage else []:
             assert lease.revoked
-            lease.release()
-            self.leases.remove(lease)
+            if lease is self.trained.lease:
+                self.trained.park()
+            else:
+                lease.release()
+                self.leases.remove(lease)
         self.pool.settle()
         assert self.pool.shortage() == 0
         self.source.admit()
@@ -104,12 +167,20 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.settle()
         source = self.source
         owned = [slot for lease in self.leases for slot in lease.indices.tolist()]
+        state = self.trained.lease.indices.tolist() if self.trained.lease is not None else []
         served = [slot for request in source.running for slot in (*request.slots, *(request.cached or ()))]
         cached = [slot for entry in source.cache for slot in entry]
-        assert sorted([*source.free, *served, *cached, *owned]) == list(range(SIZE))
+        assert sorted([*source.free, *served, *cached, *owned, *state]) == list(range(SIZE))
+        self.trained.others_write([*source.free, *served, *cached, *owned])
+        assert self.trained.whole, "the state of the adapter is not what it was"
         use = self.pool.use()
         assert use.free + use.serving + use.cached + use.leased == use.slots == SIZE
-        assert use.leased == len(owned) == sum(lease.slots for lease in use.leases) <= use.leased_max
+        assert (
+            use.leased
+            == len(owned) + len(state)
+            == sum(lease.slots for lease in use.leases)
+            <= use.leased_max
+        )
 
     def teardown(self) -> None:
         """Whatever happened, when all have ended every slot is free again."""
@@ -117,6 +188,8 @@ class PoolMachine(RuleBasedStateMachine):
             return
         for lease in self.leases:
             lease.release()
+        if self.trained.lease is not None:
+            self.trained.park()
         self.pool.settle()
         for request in list(self.source.running):
             self.source.end(request, cache=False)
@@ -125,7 +198,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=2000, stateful_step_count=15, deadline=None)
+TestPool.settings = settings(max_examples=2000, stateful_step_count=20, deadline=None)
 
 
 def cached_pool(keep: float) -> tuple[RadixSlots, SlotPool]:

@@ -31,6 +31,7 @@ class Furniture:
     """A state of 20 slots that notes where it is."""
 
     slots = 20
+    bytes = 1000
 
     def __init__(self) -> None:
         self.at: list[int] | None = None

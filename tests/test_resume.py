@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from harli_appliance.training.units import MicroBatch
 from tests.test_coserving import a_job, lesson  # noqa: F401  a fixture
 
 STEPS = 6
+SLOTS = 1200
 
 
 class Bench:
@@ -33,15 +36,15 @@ class Bench:
         self._data = data
         self._home = home
         layers = range(len(self.backbone.layers))
-        make = lambda: [torch.zeros(1200, self.backbone.kv_width) for _ in layers]  # noqa: E731
-        self._buffers = (make(), make())
+        make = lambda: [torch.zeros(SLOTS, self.backbone.kv_width) for _ in layers]  # noqa: E731
+        self.buffers = (make(), make())
 
     def run(
         self, home: str, leasable: int = 1100, every: int = 1, dropout: float = 0.0, **changes: Any
     ) -> JobRun:
         options = RunOptions(16, 64, every, 3, self._home / home)
         job = replace(a_job(epochs=2, dropout=dropout), **changes)
-        return JobRun(job, self._data, self.backbone, self._codec, self._buffers, options, leasable)
+        return JobRun(job, self._data, self.backbone, self._codec, self.buffers, options, leasable)
 
     def step(self, run: JobRun) -> float:
         for index in range(run.micro_batches()):
@@ -125,6 +128,83 @@ def test_a_dropped_micro_batch_leaves_no_trace(bench: Bench) -> None:
         found.append(bench.step(disturbed))
     disturbed.close()
     assert found == wanted
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_job_that_is_preempted_at_random_is_the_undisturbed_one(bench: Bench, seed: int) -> None:
+    """Between any two units micro-batches are dropped or copied away and back, and the adapter is parked or
+    placed; what training had let go of is overwritten."""
+    calm = bench.run("calm", dropout=0.3)
+    losses = [bench.step(calm) for _ in range(STEPS)]
+    wanted = weights(calm)
+    calm.close()
+    found, happened = [], Counter[str]()
+    disturbed = bench.run("disturbed", dropout=0.3)
+    storm = Storm(bench, disturbed, random.Random(seed), happened)
+    for _ in range(STEPS):
+        for index in range(disturbed.micro_batches()):
+            storm.micro_batch(index)
+        storm.maybe_move()
+        disturbed.optimizer_step()
+        assert disturbed.loss is not None
+        found.append(disturbed.loss)
+    assert set(happened) == {
+        "parked",
+        "placed",
+        "dropped",
+        "swapped forward",
+        "swapped loss",
+        "swapped backward",
+    }
+    assert found == losses
+    for name, value in weights(disturbed).items():
+        assert torch.equal(value, wanted[name]), name
+    disturbed.close()
+
+
+class Storm:
+    """Takes slots away from a run at random, as serving does."""
+
+    def __init__(self, bench: Bench, run: JobRun, rng: random.Random, happened: Counter[str]) -> None:
+        self._run, self._rng, self._happened = run, rng, happened
+        self._state = run.state.slots
+        self._buffers = [*bench.buffers[0], *bench.buffers[1]]
+
+    def _elsewhere(self, count: int) -> Tensor:
+        """Any slots that are not the adapter's; what no one holds is rubbish."""
+        slots = torch.tensor(self._rng.sample(range(self._state + 8, SLOTS), count))
+        for buffer in self._buffers:
+            buffer[self._state + 8 :] = float("nan")
+        return slots
+
+    def maybe_move(self) -> None:
+        if self._rng.random() < 0.9:
+            return
+        if self._run.state.placed:
+            self._run.state.park()
+            for buffer in self._buffers:
+                buffer[: self._state + 8] = float("nan")
+            self._happened["parked"] += 1
+        else:
+            first = self._rng.randrange(8)
+            self._run.state.place(torch.arange(first, first + self._state))
+            self._happened["placed"] += 1
+
+    def micro_batch(self, index: int) -> None:
+        count = self._run.slots_of(index)
+        batch = self._run.begin(index, self._elsewhere(count))
+        while (unit := batch.next_unit(self._run.window_tokens, layers=1)) is not None:
+            unit.run()
+            self.maybe_move()
+            chance = self._rng.random()
+            if chance < (0.5 if unit.kind == "loss" else 0.06):
+                batch.swap_out()
+                batch.swap_in(self._elsewhere(count))
+                self._happened[f"swapped {unit.kind}"] += 1
+            elif chance > 0.98:
+                batch = self._run.begin(index, self._elsewhere(count))
+                self._happened["dropped"] += 1
+        self._run.finish(batch)
 
 
 def test_every_micro_batch_draws_its_own_masks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,11 @@ class StatusCollector(Collector):
             "Micro-batches dropped to give memory back to serving.",
             training.dropped_micro_batches,
         )
+        yield _counter(
+            "harli_training_swapped_micro_batches",
+            "Micro-batches copied to host memory, and back later, to give memory back to serving.",
+            training.swapped_micro_batches,
+        )
         yield from self._running_jobs()
         counts = Counter(job.status for job in self._status.jobs)
         by_status = {status: float(counts[status]) for status in get_args(JobStatus)}

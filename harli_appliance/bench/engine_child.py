@@ -79,10 +79,18 @@ async def _adapt(appliance: Appliance, task: Task) -> None:
     await record_tokens(appliance, appliance.runtime, task, tell)
 
 
+async def _memory(appliance: Appliance, task: Task) -> None:
+    """How fast slots change hands, kept in ``found.json``."""
+    from harli_appliance.bench.memory_run import measure_memory
+
+    await measure_memory(appliance, appliance.pool, appliance.slots, appliance.inference, task, tell)
+
+
 WORK: Mapping[str, Callable[[Appliance, Task], Awaitable[None]]] = {
     "compare": _compare,
     "predictor": _predictor,
     "adapt": _adapt,
+    "memory": _memory,
 }
 
 

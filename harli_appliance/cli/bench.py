@@ -137,6 +137,31 @@ def decide(
     raise typer.Exit(run(out, json))
 
 
+@app.command("memory")
+def memory(
+    model: ModelName = DEMO_MODEL,
+    bursts: Annotated[
+        int, typer.Option(min=1, help="Bursts of requests, each of which takes slots back from training.")
+    ] = 30,
+    sequence_tokens: Annotated[
+        int, typer.Option(min=16, help="Tokens of one micro-batch of the finetuning job.")
+    ] = 512,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where memory.json is written.")] = REPORTS,
+    json: Json = False,
+) -> None:
+    """How fast slots change hands between serving and training, and what it costs the prefix cache."""
+    from harli_appliance.bench.compare_plan import ComparePlan, parse_slos
+    from harli_appliance.bench.memory_bench import run
+
+    plan = ComparePlan(
+        policies=("naive",),
+        slos=parse_slos("1.5x"),
+        model=model,
+        sequence_tokens=sequence_tokens,
+    )
+    raise typer.Exit(run(plan, bursts, out, json_output=json, typed=_typed()))
+
+
 @app.command("predictor")
 def predictor(
     trace: TraceFile = None,

@@ -247,6 +247,11 @@ class SlotPool:
             lease.revoke()
         return wanted
 
+    def leases(self) -> tuple[Lease, ...]:
+        """Those that are held, the oldest first."""
+        with self._lock:
+            return tuple(self._held)
+
     def use(self) -> PoolUse:
         """Who owns what now."""
         counts = self._source.counts()

@@ -25,6 +25,8 @@ class RowBlock:
         self._buffers = tuple(buffers)
         self._slots = slots
         self._per_buffer = len(slots)
+        self.used = 0
+        """Rows [0, used) have been written, or some of them."""
 
     @property
     def rows(self) -> int:
@@ -45,6 +47,7 @@ class RowBlock:
 
     def write(self, start: int, values: Tensor) -> None:
         """Store `values` of shape [n, width] in rows [start, start + n)."""
+        self.used = max(self.used, start + len(values))
         for buffer, slots, offset in self._pieces(start, start + len(values)):
             buffer.index_copy_(0, slots, values[offset : offset + len(slots)])
 
@@ -54,6 +57,7 @@ class RowBlock:
             buffer.index_add_(0, slots, values[offset : offset + len(slots)])
 
     def zero(self, start: int, stop: int) -> None:
+        self.used = max(self.used, stop)
         for buffer, slots, _ in self._pieces(start, stop):
             buffer.index_fill_(0, slots, 0.0)
 

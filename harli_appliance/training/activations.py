@@ -61,18 +61,41 @@ class Activations:
         if len(slots) != size.slots:
             raise ValueError(f"{tokens} tokens need {size.slots} slots, got {len(slots)}")
         self._backbone = backbone
+        self._buffers = buffers
         self._tokens = tokens
         self._per_hidden = -(-backbone.hidden_size // backbone.kv_width)
+        self._grad_k = tokens * self._per_hidden
+        self._grad_v = self._grad_k + tokens
+        self._lay(slots)
+
+    def _lay(self, slots: Tensor) -> None:
+        size = footprint(self._backbone, self._tokens)
         kv, hidden, scratch = torch.split(slots, [size.kv, size.hidden, size.scratch])
-        k_buffers, v_buffers = buffers
-        layers = range(len(backbone.layers))
+        k_buffers, v_buffers = self._buffers
+        layers = range(len(self._backbone.layers))
         self._keys = [RowBlock([k_buffers[layer]], kv) for layer in layers]
         self._values = [RowBlock([v_buffers[layer]], kv) for layer in layers]
         self._inputs = [RowBlock([k_buffers[layer], v_buffers[layer]], hidden) for layer in layers]
         # One block holds, row after row: gradient (or final value) of the hidden states, of K, of V.
         self._scratch = RowBlock([*k_buffers, *v_buffers], scratch)
-        self._grad_k = tokens * self._per_hidden
-        self._grad_v = self._grad_k + tokens
+
+    def live_bytes(self, layers: int) -> int:
+        """Bytes of the rows that have been written, of the first `layers` layers and of what is not a layer's."""
+        row = self._backbone.kv_width * self._buffers[0][0].element_size()
+        return row * sum(block.used for block in self._blocks(layers))
+
+    def save(self, layers: int) -> list[Tensor]:
+        """Copy those rows to host memory."""
+        return [block.read(0, block.used).to("cpu") for block in self._blocks(layers)]
+
+    def restore(self, slots: Tensor, layers: int, saved: Sequence[Tensor]) -> None:
+        """Take other slots, as many as before, with the rows that `save` returned for as many layers."""
+        self._lay(slots)
+        for block, rows in zip(self._blocks(layers), saved, strict=True):
+            block.write(0, rows.to(slots.device))
+
+    def _blocks(self, layers: int) -> list[RowBlock]:
+        return [*self._keys[:layers], *self._values[:layers], *self._inputs[:layers], self._scratch]
 
     # K and V are [1, kv heads, n, head size], as attention has them; hidden states are [n, hidden].
 

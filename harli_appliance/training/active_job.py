@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from harli_appliance.api.ports import Job
 from harli_appliance.training.job_run import JobRun
 from harli_appliance.training.residence import Residence
+from harli_appliance.training.units import MicroBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,20 @@ class RunningJob:
     remaining_s: float | None
 
 
+@dataclass(slots=True)
+class Unfinished:
+    """A micro-batch on its way.
+
+    Attributes:
+        spent_ms: what its units took so far.
+        credited: trained tokens that they counted for.
+    """
+
+    batch: MicroBatch
+    spent_ms: float = 0.0
+    credited: float = 0.0
+
+
 class ActiveJob:
     def __init__(self, job: Job, run: JobRun, residence: Residence) -> None:
         self.job = job
@@ -37,6 +52,8 @@ class ActiveJob:
         self.residence = residence
         self.index = 0
         """Of the next micro-batch; one past the last when the optimizer's step is next."""
+        self.unfinished: Unfinished | None = None
+        """What the next turn goes on with; it lies in host memory."""
         self._blocked_until = 0.0
         self._began = time.monotonic()
         self._first_step = run.step

@@ -53,6 +53,18 @@ class RunOptions:
     checkpoints: Path
 
 
+def adapter_for(job: Job, backbone: Backbone) -> Adapter:
+    """A new adapter as the job asks for it, put on the backbone."""
+    return Adapter(
+        backbone,
+        rank=job.lora_rank,
+        alpha=job.lora_alpha,
+        seed=job.seed,
+        rslora=job.use_rslora,
+        dropout=job.lora_dropout,
+    )
+
+
 class JobRun:
     """The state of a running job.
 
@@ -84,14 +96,7 @@ class JobRun:
         self.step = self._kept_step = 0
         self.trained_tokens = 0
         self.loss: float | None = None
-        self.adapter = Adapter(
-            backbone,
-            rank=job.lora_rank,
-            alpha=job.lora_alpha,
-            seed=job.seed,
-            rslora=job.use_rslora,
-            dropout=job.lora_dropout,
-        )
+        self.adapter = adapter_for(job, backbone)
         self._optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=job.learning_rate, weight_decay=0.0)
         layers = [self.adapter.parameters(layer) for layer in range(len(backbone.layers))]
         self.state = AdapterState(layers, self._optimizer, [*buffers[0], *buffers[1]])

@@ -41,6 +41,7 @@ class JobQueue(FileLibrary, FineTuning):
         model: name of the served base model, the only one that can be finetuned.
         count_tokens: tells how long an example is; without it no length is checked.
         context_length: tokens that an example may have at most.
+        refuse_unfit: called in a thread of its own; raises when a job with this data could never run here.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class JobQueue(FileLibrary, FineTuning):
         model: str,
         count_tokens: CountTokens | None = None,
         context_length: int | None = None,
+        refuse_unfit: Callable[[Job, Path], None] = lambda job, data: None,
     ) -> None:
         super().__init__(database, settings, count_tokens=count_tokens, context_length=context_length)
         self._model = model
+        self._refuse_unfit = refuse_unfit
         self._queued = asyncio.Event()
         self._asked: dict[str, job_rows.Ask] = {}
 
@@ -63,7 +66,7 @@ class JobQueue(FileLibrary, FineTuning):
         """Queue a job.
 
         Raises:
-            UsageError: a value is out of its range; names the field.
+            UsageError: a value is out of its range (names the field), or the job could never run here.
             NotFound: there is no such training file.
             Conflict: finetuning is switched off.
         """
@@ -75,6 +78,9 @@ class JobQueue(FileLibrary, FineTuning):
         return await self._to_the_end(self._create_job(job))
 
     async def _create_job(self, job: Job) -> Job:
+        await self._database.run(lambda db: file_rows.get_file(db, job.training_file, param="training_file"))
+        await asyncio.to_thread(self._refuse_unfit, job, await self.file_path(job.training_file))
+
         def insert(db: Connection) -> Job:
             file_rows.get_file(db, job.training_file, param="training_file")
             created = job_rows.insert_job(db, job)

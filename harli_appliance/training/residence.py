@@ -8,6 +8,7 @@ Lives on the event loop. Knows leases and lanes; does not know what a state cons
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -31,6 +32,8 @@ class Movable(Protocol):
 
     @property
     def slots(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
     def place(self, slots: Tensor) -> None: ...
     def park(self) -> None: ...
 
@@ -43,6 +46,7 @@ class Residence:
         lane: where bytes are copied; nothing else may use the state there at the same time.
         memory_lane: the inference lane, on which the pool may be asked for slots.
         on_leave: called when the state must leave, so that the holder looks.
+        on_copy: called with bytes and milliseconds of a move.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Residence:
         lane: UnitLane,
         memory_lane: UnitLane,
         on_leave: Callable[[], None],
+        on_copy: Callable[[int, float], None] = lambda size, took_ms: None,
     ) -> None:
         self.in_use = asyncio.Lock()
         """Held by whoever uses the state, e.g. for the time of a unit: it does not move meanwhile."""
@@ -64,6 +69,7 @@ class Residence:
         self._lane = lane
         self._memory_lane = memory_lane
         self._on_leave = on_leave
+        self._on_copy = on_copy
         self._lease: Lease | None = None
         self._leaving: asyncio.Task[None] | None = None
 
@@ -92,7 +98,7 @@ class Residence:
                 self._lease = await self._memory_lane.run(grant)
                 if self._lease is not None:
                     try:
-                        await self._lane.run(self._state.place, self._lease.indices)
+                        await self._copy(self._state.place, self._lease.indices)
                     except BaseException:
                         self._let_go()
                         raise
@@ -104,10 +110,18 @@ class Residence:
             if self._lease is None:
                 return
             try:
-                await self._lane.run(self._state.park)
+                await self._copy(self._state.park)
             finally:
                 await self._lane.drain()
                 self._let_go()
+
+    async def _copy(self, move: Callable[..., None], *args: Tensor) -> None:
+        def timed() -> float:
+            started = time.perf_counter()
+            move(*args)
+            return 1e3 * (time.perf_counter() - started)
+
+        self._on_copy(self._state.bytes, await self._lane.run(timed))
 
     def _let_go(self) -> None:
         if self._lease is not None:

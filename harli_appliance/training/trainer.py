@@ -23,10 +23,11 @@ from harli_appliance.api.ports import Job
 from harli_appliance.errors import HarliError
 from harli_appliance.memory.pool import Lease, SlotPool
 from harli_appliance.scheduling.types import Outlook
-from harli_appliance.training.active_job import ActiveJob, RunningJob
+from harli_appliance.training.active_job import ActiveJob, RunningJob, Unfinished
 from harli_appliance.training.fairness import Order, RecentShares
 from harli_appliance.training.job_run import JobRun
 from harli_appliance.training.residence import Residence, UnitLane
+from harli_appliance.training.swap import SwapPredictor
 from harli_appliance.training.units import WorkUnit
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class TrainerState:
     running: tuple[RunningJob, ...]
     """In the order in which they began."""
     dropped_micro_batches: int
+    swapped_micro_batches: int = 0
 
 
 class Trainer:
@@ -110,6 +112,8 @@ class Trainer:
         self._unit_ms: dict[str, float] = {}
         self._tokens = 0.0
         self._dropped = 0
+        self._swapped = 0
+        self._swapping = SwapPredictor()
         self._units_left = 0
         self._fusible_tokens = 0
         self._window: int | None = None
@@ -162,6 +166,7 @@ class Trainer:
             tokens=round(self._tokens),
             running=tuple(active.shown(self._shares.of(job)) for job, active in self._active.items()),
             dropped_micro_batches=self._dropped,
+            swapped_micro_batches=self._swapped,
         )
 
     # -- the coroutine ---------------------------------------------------------------------------------
@@ -203,6 +208,7 @@ class Trainer:
             lane=self._home,
             memory_lane=self._memory_lane,
             on_leave=self._changed.set,
+            on_copy=self._swapping.copied,
         )
         self._active[job.id] = ActiveJob(job, run, residence)
         self._order.join(job.id, job.priority)
@@ -244,6 +250,8 @@ class Trainer:
         except Exception:
             log.exception("the state of an ended job could not be parked", job=job_id)
         active.run.close()
+        if active.unfinished is not None:
+            self._tokens -= active.unfinished.credited
         self._on_change()  # the engine settles what came back, also while nothing is served
 
     async def _stop(self, job: Job) -> None:
@@ -303,26 +311,44 @@ class Trainer:
         if lease is None:
             return False
         held = lambda: active.residence.settled and not lease.revoked  # noqa: E731
-        before, done = self._tokens, False
+        begun, active.unfinished = active.unfinished, None
+        done = False
         try:
-            batch = await self._at_home(active, partial(run.begin, index, lease.indices))
+            if begun is None:
+                begun = Unfinished(await self._at_home(active, partial(run.begin, index, lease.indices)))
+            else:
+                await self._at_home(active, partial(begun.batch.swap_in, lease.indices))
+            batch = begun.batch
             while (unit := batch.next_unit(run.window_tokens, layers=1)) is not None:
                 self._units_left = batch.units_left(run.window_tokens) + run.ends_step(index)
                 self._fusible_tokens = batch.fusible_tokens
                 if not await self._permitted(active, held):
-                    self._dropped += 1
+                    await self._swap_or_drop(active, begun)
                     return False
                 if self._window is not None and batch.fusible_tokens:  # not run yet: it may be cut anew
                     unit = batch.next_unit(self._window, run.layers) or unit
-                await self._execute(active, unit)
+                begun.spent_ms += await self._execute(active, unit)
+                begun.credited += unit.credit
             await self._at_home(active, partial(run.finish, batch))
             done = True
         finally:
             await self._ran_on.drain()  # nothing may still write to rows that become another's
             lease.release()
-            if not done:
-                self._tokens = before
+            if begun is not None and not done and active.unfinished is None:
+                self._tokens -= begun.credited
         return True
+
+    async def _swap_or_drop(self, active: ActiveJob, begun: Unfinished) -> None:
+        """Copy a micro-batch away so that a later turn goes on with it, if that is predicted to cost less than
+        doing it again."""
+        size = begun.batch.swap_bytes
+        slowest = max((took for kind, took in self._unit_ms.items() if kind != "step"), default=0.0)
+        if not self._swapping.swaps(size, spent_ms=begun.spent_ms, unit_ms=slowest):
+            self._dropped += 1
+            return
+        self._swapping.copied(size, await self._at_home(active, partial(_timed_ms, begun.batch.swap_out)))
+        self._swapped += 1
+        active.unfinished = begun
 
     async def _optimizer_step(self, active: ActiveJob) -> bool:
         """False when there is no room for the adapter's state now."""
@@ -382,7 +408,8 @@ class Trainer:
                 self._spent.set_result(None)
             await self._changed.wait()
 
-    async def _execute(self, active: ActiveJob, unit: WorkUnit) -> None:
+    async def _execute(self, active: ActiveJob, unit: WorkUnit) -> float:
+        """Run a unit; milliseconds that it took."""
         self._allowance -= 1
         await self._move_to(self._lane)
         started = time.perf_counter()
@@ -395,6 +422,7 @@ class Trainer:
         self._turn_ms += took
         self._shares.add(active.job.id, took)
         self._tokens += unit.credit
+        return took
 
     async def _at_home(self, active: ActiveJob, work: Callable[[], T]) -> T:
         """What belongs to a micro-batch and is no unit: on the training lane, never on the event loop's stream."""
@@ -416,3 +444,9 @@ class Trainer:
             self._spent.set_result(None)
         if changed:
             self._on_change()
+
+
+def _timed_ms(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return 1e3 * (time.perf_counter() - started)

@@ -106,6 +106,7 @@ class MicroBatch:
         self.tokens = len(sequence)
         self.loss = 0.0
         self._gradients = gradients
+        self._swapped: list[Tensor] = []
         self._enter(0)
 
     # -- the order of work -----------------------------------------------------------------------------
@@ -142,6 +143,28 @@ class MicroBatch:
         if stage == "forward":
             left += layers * -(-(self.tokens - self._from) // window) - self._layer
         return left
+
+    # -- moving away and back --------------------------------------------------------------------------
+
+    @property
+    def swap_bytes(self) -> int:
+        """Bytes that `swap_out` copies."""
+        return self._rows.live_bytes(self._live_layers)
+
+    def swap_out(self) -> None:
+        """Copy what is still needed to host memory; the slots are free for others when this returns."""
+        self._swapped = self._rows.save(self._live_layers)
+
+    def swap_in(self, slots: Tensor) -> None:
+        """Go on in other slots, as many as before, where `swap_out` left off."""
+        self._rows.restore(slots, self._live_layers, self._swapped)
+        self._swapped = []
+
+    @property
+    def _live_layers(self) -> int:
+        """The first so many layers are still to be read; the others have gone backward."""
+        backward = self._at < len(STAGES) and STAGES[self._at] == "backward"
+        return self._layer + 1 if backward else len(self._backbone.layers)
 
     def _enter(self, stage: int) -> None:
         self._at = stage
