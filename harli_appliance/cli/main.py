@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from harli_appliance import __version__
-from harli_appliance.cli import bench, chat, data, demo, doctor, jobs, serve, status
+from harli_appliance.cli import bench, chat, data, demo, doctor, jobs, plan, serve, status
 from harli_appliance.cli.output import complain
 from harli_appliance.errors import HarliError
 
@@ -56,6 +56,7 @@ app.command("status")(status.status)
 app.command("top")(status.top)
 app.command("demo")(demo.demo)
 app.add_typer(bench.app, name="bench")
+app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 
 

@@ -4,7 +4,7 @@ Two stages (Harli, arXiv 2511.11729, section on latency prediction), for each ki
 
 - solo: ``t = c + a b + k n + p m``, non-negative, for batch size b, context tokens n, prefill tokens m;
 - co-run: ``t = solo + e``, where the slowdown e >= 0 is a non-negative linear function of the same features;
-- fused: ``t = solo + e`` with e in the number of training tokens that ride along.
+- fused: ``t = solo + e`` with e convex and piecewise linear in the number of training tokens that ride along.
 
 Each comes with an upper bound that steps exceed as rarely as promised (`regime.py`). What is not known is None.
 Pure Python where a decision waits for it.
@@ -24,7 +24,9 @@ from harli_appliance.scheduling.types import Bound, Split, Step
 
 Stage = Literal["solo", "corun", "fused"]
 
-_VERSION = 2
+_VERSION = 3
+KNEES = (64.0, 128.0, 192.0, 256.0, 384.0)
+"""Numbers of fused tokens at which their price may rise."""
 _RATE_WEIGHT = 0.05
 """Of the newest unit in the average training rate."""
 
@@ -60,7 +62,7 @@ class Predictor:
     def fused(self, step: Step, tokens: int) -> Bound | None:
         """The step with `tokens` training tokens in the same pass; None until it was seen often enough."""
         regime = self._regimes.get(("fused", step.kind, ""))
-        return regime.bound((1.0, float(tokens)), self._alone(step, None)) if regime is not None else None
+        return regime.bound(_fused_features(tokens), self._alone(step, None)) if regime is not None else None
 
     def training_rate(self, split: Split | None = None) -> float:
         """Tokens trained per second of the training lane's time beside serving on `split`; NaN unknown."""
@@ -89,9 +91,12 @@ class Predictor:
         base = 0.0 if stage == "solo" else self._alone(step, split)
         if not math.isfinite(base):
             return  # no first stage yet to measure the slowdown against
-        features = (1.0, float(fused_tokens)) if fused_tokens else _features(step)
+        features = _fused_features(fused_tokens) if fused_tokens else _features(step)
         key = (stage, step.kind, "" if fused_tokens else _name(split))
-        bound = self._regimes.setdefault(key, Regime(self._quantile)).add(features, measured_ms, base)
+        regime = self._regimes.get(key)
+        if regime is None:
+            regime = self._regimes[key] = Regime(self._quantile)
+        bound = regime.add(features, measured_ms, base)
         if bound is not None:
             self._errors.append(abs(bound.expected_ms - measured_ms) / measured_ms)
             self._above.append(measured_ms > bound.upper_ms)
@@ -145,6 +150,11 @@ class Predictor:
 
 def _features(step: Step) -> Features:
     return (1.0, float(step.batch), float(step.context_tokens), float(step.prefill_tokens))
+
+
+def _fused_features(tokens: int) -> Features:
+    """Piecewise linear and convex: a step that waits for memory has room for some tokens before they cost time."""
+    return (1.0, float(tokens), *(max(0.0, tokens - knee) for knee in KNEES))
 
 
 def _name(split: Split | None) -> str:

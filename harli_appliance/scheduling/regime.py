@@ -56,6 +56,7 @@ class Regime:
         self._recent: deque[float] = deque(maxlen=DRIFT)
         self._coefficients: tuple[float, ...] | None = None
         self._since_fit = 0
+        self._margin_now: float | None = None
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -67,7 +68,9 @@ class Regime:
         expected = base + self._predict(features)
         if expected <= 0.0:
             return None
-        return Bound(expected, expected * (1.0 + self._margin()))
+        if self._margin_now is None:
+            self._margin_now = self._margin()
+        return Bound(expected, expected * (1.0 + self._margin_now))
 
     def expected(self, features: Features) -> float:
         """f(features); NaN before there are enough samples."""
@@ -76,6 +79,7 @@ class Regime:
     def add(self, features: Features, total: float, base: float = 0.0) -> Bound | None:
         """Learn from one step; the bound that had been predicted for it."""
         bound = self.bound(features, base)
+        self._margin_now = None
         if bound is not None:
             missed = total > bound.upper_ms
             low, high = (factor * self._target for factor in LEVELS)
@@ -159,6 +163,7 @@ class Regime:
             self._samples.append((tuple(map(float, features)), float(total), float(base)))
         for value in residuals:
             self._residual(float(value))
+        self._margin_now = None
         self._recent.clear()
         if len(self._samples) >= ENOUGH:
             self._fit()

@@ -45,9 +45,9 @@ class Outlook:
     """What training could do next: whether a job has work, and how long one unit takes (NaN: unknown).
 
     Attributes:
-        unit_tokens: tokens of the window that units work on. fusible_tokens: tokens of the micro-batch in
-        work whose forward pass has not begun; 0 where a window is half
-            way through the layers, and in its other passes.
+        unit_tokens: tokens of the window that units work on.
+        fusible_tokens: tokens of the micro-batch in work whose forward pass has not begun; 0 where a window is
+            half way through the layers, in its other passes, and where steps cannot be fused.
         micro_batch_units: units until the micro-batch in work is through, the optimizer's step included where
             one follows; 0 where there is no such thing.
     """

@@ -19,13 +19,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from harli_appliance.scheduling.policies.candidates import Room, cheapest
 from harli_appliance.scheduling.policies.corun_bound import corun_bound
 from harli_appliance.scheduling.policies.hysteresis import Hysteresis
-from harli_appliance.scheduling.policies.margin import Margin
+from harli_appliance.scheduling.policies.margin import MOST, Margin
 from harli_appliance.scheduling.policies.policy import Policy, Situation, beside, pause
 from harli_appliance.scheduling.policies.prompts import Prompts
+from harli_appliance.scheduling.policies.stalls import Stalls
 from harli_appliance.scheduling.types import Bound, Costs, Decision, Split, Step
 
+CALM = 0.8
+"""Share of the stretches of prompts that the reserve holds while no request misses; all of them when many do."""
 STEPS_IN_A_ROW = 4
 """Steps slower than the promise that the slack must hold before the first of them."""
 
@@ -37,6 +41,7 @@ class Adaptive(Policy):
         self._splits = splits
         self._prompts = Prompts()
         self._margin = Margin()
+        self._stalls = Stalls()
         self._spending = {split: Hysteresis() for split in splits}
         self._token_ms = dict.fromkeys(splits, 0.0)
 
@@ -44,6 +49,15 @@ class Adaptive(Policy):
         solo = costs.solo(step)
         self._prompts.see(step, solo)
         margin = self._margin.after(now.ended, now.missed)
+        several = [split for split in self._splits if split is not None]
+        if several and solo is not None:
+            pace_ms = now.tpot_ms * (1.0 - margin) - self._prompts.per_token_ms
+            self._stalls.see(step, solo)
+            reserve_ms = self._stalls.next_ms(CALM + (1.0 - CALM) * margin / MOST, now.tpot_ms)
+            room = Room(pace_ms, now.slack_ms - reserve_ms, now.slack_ms)
+            chosen = cheapest(step, solo, now, room, several, costs)
+            if chosen is not None:
+                return chosen
         known = self._fastest_training_first(step, costs)
         if not known:
             return pause("no_prediction", solo)

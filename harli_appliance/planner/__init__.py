@@ -1,0 +1,2 @@
+"""What finetuning a device would leave room for, simulated: costs, a clock, and the appliance's own
+scheduler."""

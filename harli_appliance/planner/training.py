@@ -1,0 +1,100 @@
+"""A finetuning job without end, as far as its pace goes: micro-batches of work units, their slots, tokens done.
+
+Progress within a micro-batch is measured in token equivalents: forward passes are the first third (2 of 6
+FLOPs a parameter and token), backward passes the rest. A token counts as trained as its backward pass goes
+on, and no longer when its micro-batch is dropped. Knows no device and no clock; the simulator tells it how
+far it came.
+"""
+
+from __future__ import annotations
+
+from harli_appliance.planner.device import Device
+from harli_appliance.scheduling.types import Outlook
+
+FORWARD_SHARE = 1.0 / 3.0
+
+
+class SimulatedTraining:
+    """Args: tokens: of a micro-batch, at least as many as a window of `device.window_tokens`."""
+
+    def __init__(self, device: Device, tokens: int) -> None:
+        windows = -(-tokens // device.window_tokens)
+        rate = device.training_rate()
+        self.slots = device.lease_slots(tokens)
+        """That a micro-batch leases."""
+        self.trained = 0.0
+        """Tokens whose backward pass is done."""
+        self.dropped = 0.0
+        """Token equivalents of work that was lost with dropped micro-batches."""
+        self.worked = 0.0
+        """Token equivalents of all work, the lost included."""
+        self.leased = False
+        self._tokens = float(tokens)
+        self._units = 2 * device.layers * windows
+        self._forward = tokens * FORWARD_SHARE
+        self._window = device.window_tokens
+        self._fuses = device.fuses
+        self._at = 0.0
+        half = device.layers * windows
+        self._forward_unit = self._forward / half
+        self._backward_unit = (tokens - self._forward) / half
+        self.unit_ms = 1e3 * self._backward_unit / rate
+        """A backward unit on the whole device, the slowest kind."""
+
+    def outlook(self) -> Outlook:
+        if not self.leased:
+            return Outlook(False, self.unit_ms, self._window)
+        fusable = self.forward_tokens_left if self._fuses else 0
+        return Outlook(True, self.unit_ms, self._window, self._units_left(), fusable)
+
+    @property
+    def forward_tokens_left(self) -> int:
+        """Tokens whose forward pass could join a serving step now."""
+        if not self.leased:
+            return 0
+        return max(0, int((self._forward - self._at) / FORWARD_SHARE + 1e-9))
+
+    def _units_left(self) -> int:
+        return max(1, round(self._units * (1.0 - self._at / self._tokens)))
+
+    # -- progress ----------------------------------------------------------------------------------------
+
+    def run(self, amount: float) -> None:
+        """Do `amount` token equivalents of work, through as many micro-batches as it takes."""
+        self.worked += amount
+        while amount > 0.0:
+            done = min(amount, self._tokens - self._at)
+            before = self._credit()
+            self._at += done
+            self.trained += self._credit() - before
+            amount -= done
+            if self._at >= self._tokens - 1e-9:
+                self._at = 0.0
+
+    def forward(self, tokens: int) -> None:
+        """The forward pass of `tokens` tokens, at most `forward_tokens_left`."""
+        self.run(tokens * FORWARD_SHARE)
+
+    def amount_of(self, units: int) -> float:
+        """Token equivalents of the next `units` units, at most those of this micro-batch and of the next."""
+        amount, at = 0.0, self._at
+        while units > 0:
+            forward = at < self._forward - 1e-9
+            size = self._forward_unit if forward else self._backward_unit
+            end = self._forward if forward else self._tokens
+            here = min(units, max(1, round((end - at) / size)))
+            step = min(here * size, end - at)
+            amount, at, units = amount + step, at + step, units - here
+            if at >= self._tokens - 1e-9:
+                at = 0.0
+        return amount
+
+    def drop(self) -> None:
+        """Serving takes the slots back: the micro-batch in flight is done again later."""
+        self.trained -= self._credit()
+        self.dropped += self._at
+        self._at = 0.0
+        self.leased = False
+
+    def _credit(self) -> float:
+        return max(0.0, self._at - self._forward) / (1.0 - FORWARD_SHARE)
