@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -313,6 +313,9 @@ class Appliance:
         kept = await self._queue.keeping_checkpoints()
         await asyncio.to_thread(checkpoints.sweep, self._settings.checkpoints, kept)
         for adapter in await self._queue.adapters():
+            if adapter.download_only:
+                self._shelf.keep_off(adapter.name)
+                continue
             try:
                 await self._shelf.put(adapter.name, adapter.path, adapter.job_id)
             except HarliError as error:
@@ -409,7 +412,7 @@ class Appliance:
 
     # -- finetuning, for the trainer ---------------------------------------------------------------------
 
-    def _start_job(self, job: Job, data: Path) -> JobRun:
+    def _start_job(self, job: Job, data: Path, held_out: Path | None) -> JobRun:
         training = self._settings.training
         return JobRun(
             job,
@@ -425,17 +428,21 @@ class Appliance:
                 checkpoints=self._settings.checkpoints,
             ),
             self._pool.leasable,
+            held_out,
         )
 
-    def _refuse_unfit(self, job: Job, data: Path) -> None:
+    def _refuse_unfit(self, job: Job, files: Sequence[Path]) -> None:
         self._require_ready()
         buffers = (self._slots.k_buffers, self._slots.v_buffers)
-        refuse_unfit(job, data, self._backbone, self._codec, buffers, self._pool.leasable)
+        refuse_unfit(job, files, self._backbone, self._codec, buffers, self._pool.leasable)
 
     async def _finish_job(self, job: Job, run: JobRun) -> None:
         folder = self._settings.adapters / job.id
         await self._training.run(run.save_adapter, folder)
-        await self._shelf.put(adapter_name(job), folder, job.id)
+        if job.download_only:
+            self._shelf.keep_off(adapter_name(job))
+        else:
+            await self._shelf.put(adapter_name(job), folder, job.id)
         await self._queue.succeed(job.id, folder, job.lora_rank)
         await asyncio.to_thread(run.discard_checkpoints)
 
@@ -546,6 +553,9 @@ class Appliance:
     def _tell_trainer(self) -> None:
         if self._state == "ready":
             self._trainer.wake()
+
+    async def adapter_folder(self, job_id: str) -> Path:
+        return await self._queue.adapter_folder(job_id)
 
     # -- operations --------------------------------------------------------------------------------------
 

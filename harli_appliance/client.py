@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import tarfile
+import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 from urllib.parse import quote
 
 import aiohttp
@@ -210,22 +212,25 @@ class HarliClient:
         model: str,
         training_file: str,
         *,
+        validation_file: str | None = None,
         suffix: str | None = None,
         seed: int | None = None,
         priority: int | None = None,
+        method: str = "supervised",
         metadata: Mapping[str, str] | None = None,
-        **hyperparameters: float | str | None,
+        **hyperparameters: float | str | Sequence[str] | None,
     ) -> JobObject:
         """Queue a job. `hyperparameters` are those of `api.wire.Hyperparameters`; the rest is chosen."""
         chosen = {name: value for name, value in hyperparameters.items() if value is not None}
         fields = {
             "model": model,
             "training_file": training_file,
+            "validation_file": validation_file,
             "suffix": suffix,
             "seed": seed,
             "priority": priority,
             "metadata": dict(metadata) if metadata else None,
-            "method": {"type": "supervised", "supervised": {"hyperparameters": chosen}},
+            "method": {"type": method, method: {"hyperparameters": chosen}},
         }
         body = {name: value for name, value in fields.items() if value is not None}
         return await self._post("/v1/fine_tuning/jobs", JobObject, body)
@@ -254,6 +259,24 @@ class HarliClient:
         return await self._post(
             f"/harli/v1/jobs/{_segment(job_id)}/priority", JobObject, {"priority": priority}
         )
+
+    async def download_adapter(self, job_id: str, into: Path) -> Path:
+        """Fetch a finished job's adapter into a new folder of `into` named like the job.
+
+        Raises:
+            UsageError: the folder is there already, or cannot be made.
+        """
+        folder = into / job_id
+        if folder.exists():
+            raise UsageError(f"{folder} is there already; choose another --out", param="out")
+        path = f"/v1/fine_tuning/jobs/{_segment(job_id)}/adapter"
+        with tempfile.TemporaryFile() as file:
+            async with self._call("GET", path, patient=True) as response:
+                async for piece in response.content.iter_chunked(1 << 20):
+                    await asyncio.to_thread(file.write, piece)
+            file.seek(0)
+            await asyncio.to_thread(_unpack, file, folder)
+        return folder
 
     # -- the wire --------------------------------------------------------------------------------
 
@@ -292,6 +315,14 @@ class HarliClient:
             raise ApplianceUnavailable(
                 f"the appliance at {self.base_url} stopped answering ({reason}); see its log"
             ) from error
+
+
+def _unpack(file: IO[bytes], folder: Path) -> None:
+    try:
+        with tarfile.open(fileobj=file) as archive:
+            archive.extractall(folder, filter="data")
+    except OSError as error:
+        raise UsageError(f"{folder}: {error.strerror}; choose another --out", param="out") from error
 
 
 def _segment(name: str) -> str:

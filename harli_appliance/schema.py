@@ -6,7 +6,7 @@ Times are seconds since the epoch unless a name ends in ``_ms`` or ``_s``.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -33,6 +33,18 @@ JobOrder = Literal["fair", "fifo"]
 
 LearningRateSchedule = Literal["cosine", "linear", "constant"]
 """What the learning rate does after its warm-up: falls to a tenth along half a cosine or a line, or stays."""
+
+PeftMethod = Literal["lora", "dora", "ia3"]
+"""How a model is adapted; rsLoRA is "lora" with another scale."""
+
+TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGET_MODULES: tuple[str, ...] = get_args(TargetModule)
+"""Projections of a decoder layer that can be adapted."""
+
+DataFormat = Literal["chat", "text", "preference"]
+"""What the lines of a training file are: OpenAI's conversations, ``{"text": ...}``, or OpenAI's preferences."""
+
+TrainingMethod = Literal["supervised", "dpo"]
 
 JobStatus = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 ENDED: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})

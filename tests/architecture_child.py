@@ -41,6 +41,7 @@ def train(backbone: Any, adapter: Any, slots: Any) -> list[float]:
     import torch
 
     from harli_appliance.training.activations import footprint
+    from harli_appliance.training.objectives import Likelihood
     from harli_appliance.training.packing import pack
     from harli_appliance.training.units import MicroBatch
     from tests.test_units import by_backpropagation, examples, zeros
@@ -61,7 +62,7 @@ def train(backbone: Any, adapter: Any, slots: Any) -> list[float]:
                 sequence,
                 buffers=(slots.k_buffers, slots.v_buffers),
                 slots=leased,
-                normaliser=learned,
+                objective=Likelihood(learned),
                 loss_tokens=16,
                 dropout_key=0,
                 gradients=layers.__getitem__,

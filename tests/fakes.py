@@ -16,6 +16,7 @@ from harli_appliance.config import Settings
 from harli_appliance.errors import Conflict, DatasetError, NotFound
 from harli_appliance.schema import (
     ENDED,
+    TARGET_MODULES,
     HardwareView,
     JobView,
     ModelView,
@@ -281,9 +282,16 @@ class FakeAppliance:
             lora_alpha=spec.lora_alpha or 16.0,
             use_rslora=spec.use_rslora or False,
             lora_dropout=spec.lora_dropout or 0.0,
+            method=spec.method,
+            beta=spec.beta or 0.1,
+            peft_method=spec.peft_method or "lora",
+            target_modules=spec.target_modules or TARGET_MODULES,
             lr_scheduler_type=spec.lr_scheduler_type or "cosine",
             warmup_ratio=0.1 if spec.warmup_ratio is None else spec.warmup_ratio,
             max_grad_norm=1.0 if spec.max_grad_norm is None else spec.max_grad_norm,
+            validation_file=spec.validation_file,
+            eval_steps=spec.eval_steps or 10,
+            early_stopping_patience=spec.early_stopping_patience or 0,
             suffix=spec.suffix,
             priority=spec.priority or 10,
             metadata=spec.metadata,
@@ -335,6 +343,11 @@ class FakeAppliance:
         if (job := await self.job(job_id)).status in ENDED:
             raise Conflict(f"job '{job_id}' is {job.status}")
         return self.update(job_id, priority=priority)
+
+    async def adapter_folder(self, job_id: str) -> Path:
+        if (await self.job(job_id)).status != "succeeded":
+            raise Conflict(f"job '{job_id}' has no adapter")
+        return self.folder / "adapter"
 
     # -- operations ------------------------------------------------------------------------------
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
+import httpx
 import openai
 import pytest
 
@@ -135,9 +138,13 @@ async def test_a_job_with_the_method_of_today(client: openai.AsyncOpenAI, port: 
                     "lora_alpha": 8,
                     "use_rslora": True,
                     "lora_dropout": 0.1,
+                    "peft_method": "dora",
+                    "target_modules": ["q_proj", "v_proj"],
                     "lr_scheduler_type": "constant",
                     "warmup_ratio": 0.25,
                     "max_grad_norm": 0.5,
+                    "eval_steps": 5,
+                    "early_stopping_patience": 3,
                 }
             },
         },
@@ -146,6 +153,7 @@ async def test_a_job_with_the_method_of_today(client: openai.AsyncOpenAI, port: 
     assert (spec.n_epochs, spec.batch_size, spec.learning_rate) == (2, None, 1e-3)
     assert (spec.lora_rank, spec.lora_alpha, spec.suffix, spec.seed) == (4, 8.0, "harbour", 7)
     assert (spec.use_rslora, spec.lora_dropout) == (True, 0.1)
+    assert (spec.peft_method, spec.target_modules) == ("dora", ("q_proj", "v_proj"))
     assert (spec.lr_scheduler_type, spec.warmup_ratio, spec.max_grad_norm) == ("constant", 0.25, 0.5)
     assert (job.status, job.seed, job.metadata) == ("queued", 7, {"team": "docs"})
     assert job.hyperparameters.n_epochs == 2
@@ -156,13 +164,36 @@ async def test_a_job_with_the_method_of_today(client: openai.AsyncOpenAI, port: 
         "lora_alpha": 8.0,
         "use_rslora": True,
         "lora_dropout": 0.1,
+        "peft_method": "dora",
+        "target_modules": ["q_proj", "v_proj"],
         "lr_scheduler_type": "constant",
         "warmup_ratio": 0.25,
         "max_grad_norm": 0.5,
+        "eval_steps": 5,
+        "early_stopping_patience": 3,
     }
     assert job.method is not None
     assert job.method.type == "supervised"
     assert (job.result_files, job.trained_tokens, job.error) == ([], None, None)
+
+
+async def test_a_job_that_learns_preferences(client: openai.AsyncOpenAI, port: FakeAppliance) -> None:
+    file_id = await upload(client)
+    job = await client.fine_tuning.jobs.create(
+        model=BASE,
+        training_file=file_id,
+        method={
+            "type": "dpo",
+            "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1, "batch_size": "auto"}},
+        },
+    )
+    assert (port.specs[0].method, port.specs[0].beta, port.specs[0].n_epochs) == ("dpo", 0.2, 1)
+    assert job.method is not None
+    assert job.method.type == "dpo"
+    assert job.method.supervised is None
+    assert job.method.dpo is not None
+    assert job.method.dpo.hyperparameters is not None
+    assert job.method.dpo.hyperparameters.beta == 0.2
 
 
 async def test_a_job_with_the_older_hyperparameters(client: openai.AsyncOpenAI, port: FakeAppliance) -> None:
@@ -181,8 +212,21 @@ async def test_a_job_with_the_older_hyperparameters(client: openai.AsyncOpenAI, 
             "unsupported_parameter",
             "hyperparameters.learning_rate_multiplier",
         ),
-        ({"method": {"type": "dpo"}}, "unsupported_parameter", "method.type"),
-        ({"validation_file": "file-1"}, "unsupported_parameter", "validation_file"),
+        ({"method": {"type": "reinforcement"}}, "unsupported_parameter", "method.type"),
+        ({"method": {"type": "ppo"}}, "invalid_request", "method.type"),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}},
+            "invalid_request",
+            "method.dpo.hyperparameters.beta",
+        ),
+        (
+            {"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 0.1}}}},
+            "unknown_parameter",
+            "method.supervised.hyperparameters.beta",
+        ),
+        ({"method": {"type": "dpo", "supervised": {}}}, "invalid_request", "method.supervised"),
+        ({"validation_file": ""}, "invalid_request", "validation_file"),
+        ({"hyperparameters": {"eval_steps": 0}}, "invalid_request", "hyperparameters.eval_steps"),
         ({"integrations": [{"type": "wandb"}]}, "unsupported_parameter", "integrations"),
         ({"hyperparameters": {"n_epochs": 0}}, "invalid_request", "hyperparameters.n_epochs"),
         ({"hyperparameters": {"learning_rate": 2}}, "invalid_request", "hyperparameters.learning_rate"),
@@ -192,6 +236,13 @@ async def test_a_job_with_the_older_hyperparameters(client: openai.AsyncOpenAI, 
             {"hyperparameters": {"lr_scheduler_type": "step"}},
             "invalid_request",
             "hyperparameters.lr_scheduler_type",
+        ),
+        ({"hyperparameters": {"peft_method": "prefix"}}, "invalid_request", "hyperparameters.peft_method"),
+        ({"hyperparameters": {"target_modules": []}}, "invalid_request", "hyperparameters.target_modules"),
+        (
+            {"hyperparameters": {"target_modules": ["q_proj", "lm_head"]}},
+            "invalid_request",
+            "hyperparameters.target_modules.1",
         ),
         ({"hyperparameters": {"warmup_ratio": -0.1}}, "invalid_request", "hyperparameters.warmup_ratio"),
         ({"hyperparameters": {"max_grad_norm": 1e4}}, "invalid_request", "hyperparameters.max_grad_norm"),
@@ -326,3 +377,22 @@ async def test_what_does_not_exist_is_404(client: openai.AsyncOpenAI) -> None:
     ):
         with pytest.raises(openai.NotFoundError):
             await call
+
+
+async def test_the_adapter_of_a_job_comes_as_a_tar(client: openai.AsyncOpenAI, port: FakeAppliance) -> None:
+    uploaded = await client.files.create(file=("a.jsonl", LINE), purpose="fine-tune")
+    job = await client.fine_tuning.jobs.create(model=BASE, training_file=uploaded.id)
+    path = f"/fine_tuning/jobs/{job.id}/adapter"
+    with pytest.raises(openai.ConflictError):
+        await client.get(path, cast_to=bytes)
+    port.update(job.id, status="succeeded", finished_at=1_790_000_500, fine_tuned_model="ft:1")
+    folder = port.folder / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    answer = await client.get(path, cast_to=httpx.Response)
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
+        assert archive.getnames() == ["adapter_config.json", "adapter_model.safetensors"]
+        found = archive.extractfile("adapter_model.safetensors")
+        assert found is not None
+        assert found.read() == b"weights"

@@ -23,13 +23,14 @@ from tests.fakes import BASE, FakeAppliance
 def test_a_job_from_a_file(port: FakeAppliance, training_file: Path, out: Out) -> None:
     options = ["--epochs", "2", "--batch-size", "3", "--learning-rate", "1e-3", "--lora-rank", "4"]
     options += ["--rslora", "--lora-dropout", "0.1", "--lr-scheduler", "linear", "--warmup-ratio", "0"]
-    options += ["--max-grad-norm", "2"]
+    options += ["--max-grad-norm", "2", "--peft-method", "lora", "--target-modules", "q_proj,v_proj"]
     assert run(["jobs", "create", str(training_file), *options, "--suffix", "harbour", "--seed", "7"]) == 0
     assert out()[0] == "ftjob-0\n"
     spec = port.specs[0]
     assert (spec.model, spec.n_epochs, spec.batch_size) == (BASE, 2, 3)
     assert (spec.learning_rate, spec.lora_rank, spec.suffix, spec.seed) == (1e-3, 4, "harbour", 7)
     assert (spec.use_rslora, spec.lora_dropout) == (True, 0.1)
+    assert (spec.peft_method, spec.target_modules) == ("lora", ("q_proj", "v_proj"))
     assert (spec.lr_scheduler_type, spec.warmup_ratio, spec.max_grad_norm) == ("linear", 0.0, 2.0)
     assert port.stored[spec.training_file].filename == "train.jsonl"
     assert run(["jobs", "create", spec.training_file, "--json"]) == 0
@@ -227,3 +228,22 @@ def test_data_check_counts_tokens_as_the_model_does(tiny_model: Path, tmp_path: 
     assert run(["data", "check", str(long), "--model", str(tiny_model), "--json"]) == 1
     assert "examples_too_long" in [error["code"] for error in json.loads(out()[0])["errors"]]
     assert run(["data", "check", str(long), "--model", "not-here"]) == 2
+
+
+def test_the_adapter_of_a_job_is_fetched(
+    port: FakeAppliance, training_file: Path, tmp_path: Path, out: Out
+) -> None:
+    assert run(["jobs", "create", str(training_file), "--peft-method", "ia3"]) == 0
+    assert run(["jobs", "show", "ftjob-0"]) == 0
+    assert "IA3" in out()[0]
+    assert run(["jobs", "download", "ftjob-0", "--out", str(tmp_path)]) == 1
+    assert not (tmp_path / "ftjob-0").exists()
+    port.update("ftjob-0", status="succeeded", finished_at=1_790_000_500, fine_tuned_model="ft:1")
+    (port.folder / "adapter").mkdir()
+    (port.folder / "adapter" / "adapter_config.json").write_text("{}")
+    out()
+    assert run(["jobs", "download", "ftjob-0", "--out", str(tmp_path)]) == 0
+    assert out()[0] == f"{tmp_path / 'ftjob-0'}\n"
+    assert (tmp_path / "ftjob-0" / "adapter_config.json").read_text() == "{}"
+    assert run(["jobs", "download", "ftjob-0", "--out", str(tmp_path)]) == 2
+    assert "there already" in out()[1]

@@ -32,6 +32,7 @@ from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.fairness import make_order
 from harli_appliance.training.job_run import JobRun, RunOptions
 from harli_appliance.training.trainer import Trainer
+from harli_appliance.training.validation import Standing
 from tests.conftest import Serving
 from tests.test_runtime import greedy, prompt
 
@@ -84,6 +85,7 @@ class FakeQueue:
         """When every job has."""
         self.outcomes: dict[str, str] = {}
         self.told: dict[str, list[float | None]] = {job.id: [] for job in jobs}
+        self.valid_losses: list[float | None] = []
         self._waiting = list(jobs)
         self._left = len(jobs)
         self._queued = asyncio.Event()
@@ -122,6 +124,9 @@ class FakeQueue:
 
     async def progress(self, job_id: str, step: int, total: int, tokens: int, loss: float | None) -> None:
         self.told[job_id].append(loss)
+
+    async def evaluated(self, job_id: str, standing: Standing) -> None:
+        self.valid_losses.append(standing.loss)
 
     def asked(self, job_id: str) -> Literal["pause", "cancel"] | None:
         return self.asking.get(job_id)
@@ -191,7 +196,7 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
         options = RunOptions(16, SEQUENCE_TOKENS, 3, 2, tmp_path / "checkpoints")
         slots: dict[str, int] = {}
 
-        def start(job: Job, data: Path) -> JobRun:
+        def start(job: Job, data: Path, held_out: Path | None) -> JobRun:
             run = JobRun(
                 job,
                 data,

@@ -64,7 +64,7 @@ def warned(report) -> list[tuple[int, str]]:
 def test_good_files_pass_without_a_word(check, content):
     report = check(content)
     assert report.ok
-    assert report.as_json() == {"ok": True, "examples": 1, "errors": [], "warnings": []}
+    assert report.as_json() == {"ok": True, "format": "chat", "examples": 1, "errors": [], "warnings": []}
 
 
 def test_read_examples_gives_roles_texts_and_weights(tmp_path: Path):

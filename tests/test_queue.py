@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from harli_appliance.errors import Conflict, UsageError
+from harli_appliance.errors import Conflict, NotFound, UsageError
+from harli_appliance.schema import TARGET_MODULES
 from harli_appliance.training.hyperparameters import MAX_SEED
 from harli_appliance.training.queue import JobQueue
+from harli_appliance.training.validation import Standing
 from tests.queue_rig import (  # noqa: F401  fixtures
     database,
     messages,
@@ -28,6 +31,7 @@ async def test_a_job_is_stored_with_every_default_resolved(queue, spec):
     assert (job.lora_rank, job.lora_alpha) == (8, 16.0)
     assert (job.use_rslora, job.lora_dropout) == (False, 0.0)
     assert (job.lr_scheduler_type, job.warmup_ratio, job.max_grad_norm) == ("cosine", 0.1, 1.0)
+    assert (job.peft_method, job.target_modules, job.download_only) == ("lora", TARGET_MODULES, False)
     assert 0 <= job.seed <= MAX_SEED
     assert job.fine_tuned_model is None
     assert await messages(queue, job.id) == [f"Created fine-tuning job: {job.id}"]
@@ -46,6 +50,8 @@ async def test_a_job_keeps_what_was_asked_for(queue, spec):
         lora_alpha=1.5,
         use_rslora=True,
         lora_dropout=0.25,
+        peft_method="dora",
+        target_modules=("v_proj", "q_proj"),
         lr_scheduler_type="linear",
         warmup_ratio=0.0,
         max_grad_norm=0.0,
@@ -57,6 +63,7 @@ async def test_a_job_keeps_what_was_asked_for(queue, spec):
     assert job.use_rslora is True
     assert job.lora_dropout == 0.25
     assert (job.lr_scheduler_type, job.warmup_ratio, job.max_grad_norm) == ("linear", 0.0, 0.0)
+    assert (job.peft_method, job.target_modules, job.download_only) == ("dora", ("v_proj", "q_proj"), True)
     assert await queue.job(job.id) == job
     assert (await queue.job(job.id)).metadata == {"team": "blau\ud800"}
 
@@ -84,6 +91,14 @@ async def test_a_job_keeps_what_was_asked_for(queue, spec):
         ("lora_dropout", -0.1),
         ("lora_dropout", 0.95),
         ("lora_dropout", float("nan")),
+        ("eval_steps", 5),
+        ("early_stopping_patience", 3),
+        ("method", "reinforcement"),
+        ("beta", 0.1),
+        ("peft_method", "bitfit"),
+        ("target_modules", ()),
+        ("target_modules", ("q_proj", "q_proj")),
+        ("target_modules", ("q_proj", "lm_head")),
         ("lr_scheduler_type", "polynomial"),
         ("warmup_ratio", 1.01),
         ("warmup_ratio", float("nan")),
@@ -101,6 +116,77 @@ async def test_a_value_out_of_range_is_refused_by_its_name(queue, spec, field, v
         await queue.create_job(replace(spec, **{field: value}))
     assert error.value.param == field
     assert await queue.jobs() == ([], False)
+
+
+async def test_a_validation_file_is_kept_and_must_exist(queue, spec, upload):
+    with pytest.raises(NotFound) as error:
+        await queue.create_job(replace(spec, validation_file="file-none"))
+    assert error.value.param == "validation_file"
+    held_out = (await queue.create_file(upload(), "b.jsonl", "fine-tune")).id
+    job = await queue.create_job(
+        replace(spec, validation_file=held_out, eval_steps=5, early_stopping_patience=3)
+    )
+    assert (job.validation_file, job.eval_steps, job.early_stopping_patience) == (held_out, 5, 3)
+    with pytest.raises(Conflict, match="is used by job"):
+        await queue.delete_file(held_out)
+    await queue.next_job()
+    await queue.evaluated(job.id, Standing(5, 1.5, 5, 1.5, 0))
+    await queue.evaluated(job.id, Standing(20, float("nan"), 5, 1.5, 3))
+    await queue.evaluated(job.id, Standing(20, 1.75, 5, 1.5, 3))
+    told = await messages(queue, job.id)
+    assert told[-4:] == [
+        "Step 5/0: validation loss=1.5, the best",
+        "Step 20/0: no finite validation loss",
+        "Step 20/0: validation loss=1.75, the best was step 5",
+        "No better in 3 evaluations: the job ends with step 5",
+    ]
+    found = await queue.job(job.id)
+    assert (found.valid_loss, found.best_step) == (1.75, 5)
+
+
+async def test_a_job_and_its_file_must_be_of_one_kind(queue, spec, tmp_path):
+    prompt = {"messages": [{"role": "user", "content": "a"}]}
+    sides = [[{"role": "assistant", "content": content}] for content in "bc"]
+    pair = {"input": prompt, "preferred_output": sides[0], "non_preferred_output": sides[1]}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(pair))
+    pairs = (await queue.create_file(path, "pairs.jsonl", "fine-tune")).id
+    for wrong in (replace(spec, training_file=pairs), replace(spec, method="dpo")):
+        with pytest.raises(UsageError, match="choose another file or method") as error:
+            await queue.create_job(wrong)
+        assert error.value.param == "training_file"
+    assert await queue.jobs() == ([], False)
+    job = await queue.create_job(replace(spec, method="dpo", beta=0.3, training_file=pairs))
+    assert (await queue.job(job.id)).beta == 0.3
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("lora_rank", 4), ("lora_alpha", 8.0), ("use_rslora", True), ("lora_dropout", 0.1)],
+)
+async def test_what_has_no_meaning_for_ia3_is_refused_by_its_name(queue, spec, field, value):
+    with pytest.raises(UsageError) as error:
+        await queue.create_job(replace(spec, peft_method="ia3", **{field: value}))
+    assert error.value.param == field
+    assert (await queue.create_job(replace(spec, peft_method="ia3"))).download_only
+
+
+async def test_an_adapter_that_cannot_be_served_is_told_of_and_can_be_fetched(queue, spec, settings):
+    job = await queue.create_job(replace(spec, peft_method="dora"))
+    with pytest.raises(Conflict, match="is queued and has no adapter"):
+        await queue.adapter_folder(job.id)
+    await queue.next_job()
+    folder = settings.adapters / job.id
+    folder.mkdir(parents=True)
+    await queue.succeed(job.id, folder, job.lora_rank)
+    assert [adapter.download_only for adapter in await queue.adapters()] == [True]
+    assert f"A dora adapter cannot be served; fetch it: harli jobs download {job.id}" in await messages(
+        queue, job.id
+    )
+    assert await queue.adapter_folder(job.id) == folder
+    folder.rmdir()
+    with pytest.raises(NotFound, match="is gone"):
+        await queue.adapter_folder(job.id)
 
 
 async def test_a_rank_limit_below_the_default_rank_lowers_the_default(database, settings, spec):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import random
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -40,21 +42,48 @@ class Bench:
         self.buffers = (make(), make())
 
     def run(
-        self, home: str, leasable: int = 1100, every: int = 1, dropout: float = 0.0, **changes: Any
+        self,
+        home: str,
+        leasable: int = 1100,
+        keep: int = 3,
+        dropout: float = 0.0,
+        data: Path | None = None,
+        held_out: Path | None = None,
+        **changes: Any,
     ) -> JobRun:
-        options = RunOptions(16, 64, every, 3, self._home / home)
+        options = RunOptions(16, 64, 1, keep, self._home / home)
         job = replace(a_job(epochs=2, dropout=dropout), **changes)
-        return JobRun(job, self._data, self.backbone, self._codec, self.buffers, options, leasable)
+        data = data or self._data
+        return JobRun(job, data, self.backbone, self._codec, self.buffers, options, leasable, held_out)
 
-    def step(self, run: JobRun) -> float:
+    def copy_checkpoint(self, source: str, target: str, step: int) -> None:
+        (folder,) = (self._home / source).glob(f"*/step-{step:06d}")
+        shutil.copytree(folder, self._home / target / folder.parent.name / folder.name)
+
+    def step(self, run: JobRun, kinds: list[str] | None = None) -> float:
         for index in range(run.micro_batches()):
             batch = run.begin(index, torch.arange(run.slots_of(index)))
             while (unit := batch.next_unit(run.window_tokens, layers=1)) is not None:
                 unit.run()
-            run.finish(batch)
-        run.optimizer_step()
+                if kinds is not None:
+                    kinds.append(unit.kind)
+            run.finish(index, batch)
+        run.end_round()
         assert run.loss is not None
         return run.loss
+
+
+@pytest.fixture
+def preferences(tmp_path: Path) -> Path:
+    """Twelve pairs, of which the shorter answer is preferred."""
+    path = tmp_path / "preferences.jsonl"
+    lines = []
+    for number in range(12):
+        sides = [[{"role": "assistant", "content": "otters " * (number % 3 + length)}] for length in (1, 4)]
+        prompt = {"messages": [{"role": "user", "content": f"who made you {number}"}]}
+        lines.append({"input": prompt, "preferred_output": sides[0], "non_preferred_output": sides[1]})
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
 
 
 def weights(run: JobRun) -> dict[str, Tensor]:
@@ -66,27 +95,60 @@ def bench(reference: Any, tiny_model: Path, lesson: Path, tmp_path: Path) -> Ben
     return Bench(reference, tiny_model, lesson, tmp_path)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_stopping_after_any_step_changes_nothing(bench: Bench, dropout: float) -> None:
-    straight = bench.run("straight", dropout=dropout)
-    assert straight.total_steps == STEPS
-    losses = [bench.step(straight) for _ in range(STEPS)]
+def test_twenty_steps_stopped_after_any_of_them_are_the_same_twenty_steps(bench: Bench) -> None:
+    options = {"n_epochs": 5, "batch_size": 3, "lora_dropout": 0.3, "lr_scheduler_type": "linear"}
+    straight = bench.run("straight", keep=100, **options)
+    assert straight.total_steps == 20
+    losses = []
+    for _ in range(20):
+        losses.append(bench.step(straight))
+        straight.checkpoint()
+    wanted, tokens = weights(straight), straight.trained_tokens
+    straight.close()
+    for stop in range(1, 20):
+        bench.copy_checkpoint("straight", f"stopped-{stop}", stop)
+        resumed = bench.run(f"stopped-{stop}", **options)
+        assert resumed.step == stop
+        assert [bench.step(resumed) for _ in range(20 - stop)] == losses[stop:]
+        for name, value in weights(resumed).items():
+            assert torch.equal(value, wanted[name]), name
+        assert resumed.trained_tokens == tokens
+        resumed.close()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"peft_method": "dora"}, {"peft_method": "ia3"}, {"method": "dpo", "beta": 0.3}], ids=str
+)
+def test_every_method_resumes_bit_for_bit(bench: Bench, preferences: Path, options: dict[str, Any]) -> None:
+    data = preferences if options.get("method") == "dpo" else None
+    straight = bench.run("straight", keep=100, data=data, **options)
+    losses = []
+    for _ in range(STEPS):
+        losses.append(bench.step(straight))
+        straight.checkpoint()
+    assert losses[-1] < losses[0]
     wanted = weights(straight)
     straight.close()
-    for stop in range(1, STEPS):
-        first = bench.run(f"stopped-{stop}", dropout=dropout)
-        found = [bench.step(first) for _ in range(stop)]
-        first.checkpoint()
-        bench.step(first)  # lost: it is after the checkpoint
-        first.close()
-        second = bench.run(f"stopped-{stop}", dropout=dropout)
-        assert second.step == stop
-        found += [bench.step(second) for _ in range(STEPS - stop)]
-        assert found == losses
-        for name, value in weights(second).items():
+    for stop in (1, 4):
+        bench.copy_checkpoint("straight", f"stopped-{stop}", stop)
+        resumed = bench.run(f"stopped-{stop}", data=data, **options)
+        assert [bench.step(resumed) for _ in range(STEPS - stop)] == losses[stop:]
+        for name, value in weights(resumed).items():
             assert torch.equal(value, wanted[name]), name
-        assert second.trained_tokens == straight.trained_tokens
-        second.close()
+        resumed.close()
+
+
+def test_the_base_models_view_of_a_pair_is_computed_once(bench: Bench, preferences: Path) -> None:
+    run = bench.run("pairs", data=preferences, method="dpo")
+    kinds: list[list[str]] = []
+    for _ in range(STEPS):
+        seen: list[str] = []
+        bench.step(run, seen)
+        kinds.append(seen)
+    run.close()
+    loss_units = [seen.count("forward") for seen in kinds]
+    half = STEPS // 2  # an epoch: from then on every pair has been seen
+    assert sum(loss_units[:half]) == 2 * sum(loss_units[half:])
 
 
 def test_pausing_in_the_middle_of_a_step_keeps_the_steps_before_it(bench: Bench) -> None:
@@ -100,7 +162,7 @@ def test_pausing_in_the_middle_of_a_step_keeps_the_steps_before_it(bench: Bench)
     batch = first.begin(0, torch.arange(first.slots_of(0)))
     while (unit := batch.next_unit(first.window_tokens, layers=1)) is not None:
         unit.run()
-    first.finish(batch)  # its gradients are lost with the pause, and must not be counted either
+    first.finish(0, batch)  # its gradients are lost with the pause, and must not be counted either
     first.checkpoint()
     assert not first.has_unkept_steps
     first.close()

@@ -91,7 +91,7 @@ class Batch:
 def fake_run(device: Device) -> Any:
     def ran(what: str, *_: object) -> Any:
         device.happened.append(what)
-        run.step = 1 if what == "step" else run.step
+        run.step, run.done = (1, True) if what == "step" else (run.step, run.done)
         return Batch(device)
 
     run = SimpleNamespace(
@@ -108,7 +108,9 @@ def fake_run(device: Device) -> Any:
         ends_step=lambda index: True,
         begin=partial(ran, "begin"),
         finish=partial(ran, "finish"),
-        optimizer_step=partial(ran, "step"),
+        evaluating=False,
+        done=False,
+        end_round=partial(ran, "step"),
         close=lambda: None,
     )
     return run
@@ -116,7 +118,7 @@ def fake_run(device: Device) -> Any:
 
 class Queue:
     def __init__(self) -> None:
-        self.jobs = [SimpleNamespace(id="job", training_file="file", priority=1)]
+        self.jobs = [SimpleNamespace(id="job", training_file="file", validation_file=None, priority=1)]
         self.done = asyncio.Event()
 
     async def next_job(self) -> Any:
@@ -169,7 +171,7 @@ async def test_a_lease_is_given_back_when_the_device_is_done_with_it(turns: bool
     trainer = Trainer(
         queue,  # type: ignore[arg-type]
         pool,
-        start_job=lambda job, path: fake_run(device),
+        start_job=lambda job, path, held_out: fake_run(device),
         finish_job=finish,
         order=FirstCome(),
         max_running=1,

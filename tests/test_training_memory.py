@@ -74,7 +74,7 @@ class Job:
                 while (unit := batch.next_unit(self.run.window_tokens, 1)) is not None:
                     unit.run()
                     yield unit.kind
-                self.run.finish(batch)
+                self.run.finish(index, batch)
                 self._leases.pop().release()
             self.run.optimizer_step()
             yield "step"

@@ -14,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from harli_appliance.training import recompute, units
 from harli_appliance.training.activations import footprint
 from harli_appliance.training.adapter import Adapter
 from harli_appliance.training.backbone import Backbone
+from harli_appliance.training.objectives import Likelihood
 from harli_appliance.training.packing import EncodedExample, pack
 from harli_appliance.training.units import MicroBatch
 
@@ -34,13 +36,16 @@ def examples(seed: int, lengths: tuple[int, ...]) -> list[EncodedExample]:
     return made
 
 
-def a_trained_adapter(reference: Any, rslora: bool = False, dropout: float = 0.0) -> tuple[Backbone, Adapter]:
+def a_trained_adapter(reference: Any, **options: Any) -> tuple[Backbone, Adapter]:
     backbone = Backbone(copy.deepcopy(reference).requires_grad_(False))
-    adapter = Adapter(backbone, rank=4, alpha=8, seed=1, rslora=rslora, dropout=dropout)
+    adapter = Adapter(backbone, rank=4, alpha=8, seed=1, **options)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in adapter.peft_model.named_parameters():
         if "lora_B" in name:  # B starts at zero, which would leave A without a gradient
             torch.nn.init.normal_(parameter, std=0.05, generator=generator)
+        elif "ia3_l" in name or "magnitude" in name:  # both start as the base model
+            with torch.no_grad():
+                parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
     return backbone, adapter
 
 
@@ -76,7 +81,7 @@ def by_units(
             sequence,
             buffers=buffers(backbone),
             slots=slots,
-            normaliser=learned,
+            objective=Likelihood(learned),
             loss_tokens=loss_tokens,
             dropout_key=number,
             gradients=total.__getitem__,
@@ -151,21 +156,56 @@ def test_every_unit_may_have_another_size(
     assert worst_error(gradients, wanted) <= 1e-5
 
 
-@pytest.mark.parametrize(("rslora", "dropout"), [(True, 0.0), (False, 0.3), (True, 0.05)])
-def test_gradients_of_every_option_equal_backpropagation(
-    reference: Any, rslora: bool, dropout: float
+@pytest.mark.parametrize("room", [1, 100])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rslora": True},
+        {"dropout": 0.3},
+        {"rslora": True, "dropout": 0.05},
+        {"method": "dora"},
+        {"method": "dora", "rslora": True, "dropout": 0.2},
+        {"method": "ia3"},
+        {"targets": ("q_proj", "down_proj")},
+        {"method": "dora", "targets": ("v_proj",)},
+        {"method": "ia3", "targets": ("k_proj", "v_proj", "down_proj")},
+    ],
+    ids=str,
+)
+def test_gradients_of_every_method_equal_backpropagation(
+    reference: Any, options: dict[str, Any], room: int
 ) -> None:
-    backbone, adapter = a_trained_adapter(reference, rslora, dropout)
+    backbone, adapter = a_trained_adapter(reference, **options)
     data, rng = examples(4, (50, 33, 7, 90)), random.Random(4)
     draw: Cut = lambda: (rng.choice((5, 16, 33)), rng.choice((1, 2, 3)))  # noqa: E731
-    loss, gradients = by_units(backbone, adapter, data, 100, draw, 16)
-    wanted_loss, wanted = by_backpropagation_with_dropout(adapter, data, 100)
+    loss, gradients = by_units(backbone, adapter, data, room, draw, 16)
+    wanted_loss, wanted = by_backpropagation_with_dropout(adapter, data, room)
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     assert worst_error(gradients, wanted) <= 1e-5
     without, _ = by_backpropagation(adapter, data)
-    assert (without == pytest.approx(loss, rel=1e-5)) == (dropout == 0)
+    assert (without == pytest.approx(loss, rel=1e-5)) == ("dropout" not in options)
     plain, _ = by_backpropagation(a_trained_adapter(reference)[1], data)
-    assert (without == pytest.approx(plain, rel=1e-5)) != rslora
+    assert (without == pytest.approx(plain, rel=1e-5)) == (options == {"dropout": 0.3})
+
+
+def test_values_that_no_gradient_needs_are_left_out_and_change_nothing(
+    trained: tuple[Backbone, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = examples(9, (60, 21))
+    original, left = recompute.unneeded, []
+    monkeypatch.setattr(units, "unneeded", lambda layer: left.append(original(layer)) or left[-1])
+    loss, gradients = by_units(*trained, data, 100, lambda: (25, 1), 16)
+    assert all(len(found) == 3 for found in left)
+    monkeypatch.setattr(units, "unneeded", lambda layer: [])
+    again, wanted = by_units(*trained, data, 100, lambda: (25, 1), 16)
+    assert loss == again
+    assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
+
+
+@pytest.mark.parametrize(("method", "left"), [("lora", 3), ("dora", 1), ("ia3", 1)])
+def test_a_method_that_scales_a_projection_needs_its_value(reference: Any, method: Any, left: int) -> None:
+    backbone, _ = a_trained_adapter(reference, method=method, targets=("k_proj", "v_proj"))
+    assert all(len(recompute.unneeded(layer)) == left for layer in backbone.layers)
 
 
 def test_the_comparison_sees_a_small_mistake(trained: tuple[Backbone, Adapter]) -> None:
@@ -196,7 +236,7 @@ def test_a_micro_batch_leases_what_its_footprint_says(trained: tuple[Backbone, A
             sequence,
             buffers=buffers(backbone),
             slots=torch.arange(footprint(backbone, 40).slots - 1),
-            normaliser=1,
+            objective=Likelihood(1),
             loss_tokens=16,
             dropout_key=0,
             gradients=zeros(backbone, adapter).__getitem__,
@@ -214,7 +254,7 @@ def test_trained_tokens_are_credited_once(trained: tuple[Backbone, Adapter], lay
         sequence,
         buffers=buffers(backbone),
         slots=slots,
-        normaliser=1,
+        objective=Likelihood(1),
         loss_tokens=16,
         dropout_key=0,
         gradients=zeros(backbone, adapter).__getitem__,

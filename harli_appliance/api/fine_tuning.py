@@ -5,7 +5,11 @@ Knows OpenAI's job objects. Does not know how a job runs or where it is kept.
 
 from __future__ import annotations
 
-from typing import Annotated
+import asyncio
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import IO, Annotated
 
 from aiohttp import web
 from pydantic import Field
@@ -14,6 +18,8 @@ from harli_appliance.api.bodies import Query, parse_json, read_body, read_query
 from harli_appliance.api.fine_tuning_request import JobBody, PriorityBody
 from harli_appliance.api.ports import FineTuning, Job, JobEvent
 from harli_appliance.api.wire import (
+    DpoHyperparameters,
+    DpoMethod,
     Hyperparameters,
     JobError,
     JobEventObject,
@@ -46,6 +52,7 @@ class FineTuningRoutes:
             web.post("/v1/fine_tuning/jobs/{id}/pause", self.pause),
             web.post("/v1/fine_tuning/jobs/{id}/resume", self.resume),
             web.post("/harli/v1/jobs/{id}/priority", self.priority),
+            web.get("/v1/fine_tuning/jobs/{id}/adapter", self.adapter),
         ]
 
     async def create(self, request: web.Request) -> web.Response:
@@ -92,6 +99,14 @@ class FineTuningRoutes:
         body = await read_body(request, PriorityBody)
         return _one(await self._port.set_priority(request.match_info["id"], body.priority))
 
+    async def adapter(self, request: web.Request) -> web.Response:
+        folder = await self._port.adapter_folder(request.match_info["id"])
+        return web.Response(
+            body=await asyncio.to_thread(_archive, folder),
+            content_type="application/x-tar",
+            headers={"Content-Disposition": f'attachment; filename="{folder.name}.tar"'},
+        )
+
 
 async def _job_alone(request: web.Request) -> str:
     """The job's id of a request that says nothing else."""
@@ -101,13 +116,24 @@ async def _job_alone(request: web.Request) -> str:
     return request.match_info["id"]
 
 
+def _archive(folder: Path) -> IO[bytes]:
+    """The files of a folder as a tar, in a file without a name that goes when it is closed."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - the response closes it
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.add(path, path.name)
+    file.seek(0)
+    return file
+
+
 def _one(job: Job) -> web.Response:
     return web.json_response(job_object(job).model_dump(mode="json"))
 
 
 def job_object(job: Job) -> JobObject:
-    names = Hyperparameters.model_fields.keys() - {"learning_rate_multiplier"}
-    hyperparameters = Hyperparameters(**{name: getattr(job, name) for name in names})
+    kind = DpoHyperparameters if job.method == "dpo" else Hyperparameters
+    names = kind.model_fields.keys() - {"learning_rate_multiplier"}
+    hyperparameters = kind(**{name: getattr(job, name) for name in names})
     error = None
     if job.error_code is not None:
         error = JobError(code=job.error_code, message=job.error_message or job.error_code)
@@ -119,10 +145,11 @@ def job_object(job: Job) -> JobObject:
         fine_tuned_model=job.fine_tuned_model,
         status=job.status,
         training_file=job.training_file,
+        validation_file=job.validation_file,
         trained_tokens=job.trained_tokens if job.status in ENDED else None,
         error=error,
         hyperparameters=hyperparameters,
-        method=Method(supervised=SupervisedMethod(hyperparameters=hyperparameters)),
+        method=_method(hyperparameters),
         seed=job.seed,
         metadata=dict(job.metadata),
         harli=JobProgress(
@@ -130,10 +157,19 @@ def job_object(job: Job) -> JobObject:
             total_steps=job.total_steps,
             trained_tokens=job.trained_tokens,
             loss=job.loss,
+            valid_loss=job.valid_loss,
+            best_step=job.best_step,
             started_at=job.started_at,
             priority=job.priority,
+            download_only=job.download_only,
         ),
     )
+
+
+def _method(hyperparameters: Hyperparameters) -> Method:
+    if isinstance(hyperparameters, DpoHyperparameters):
+        return Method(type="dpo", dpo=DpoMethod(hyperparameters=hyperparameters))
+    return Method(type="supervised", supervised=SupervisedMethod(hyperparameters=hyperparameters))
 
 
 def event_object(event: JobEvent) -> JobEventObject:

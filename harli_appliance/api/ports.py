@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from harli_appliance.schema import (
+    TARGET_MODULES,
+    DataFormat,
     JobStatus,
     LearningRateSchedule,
     ModelView,
+    PeftMethod,
     PolicyChange,
     SloClass,
     Status,
     Timeline,
+    TrainingMethod,
 )
 
 FinishReason = Literal["stop", "length"]
@@ -108,6 +112,7 @@ class StoredFile:
     purpose: str
     bytes: int
     created_at: int
+    format: DataFormat = "chat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +121,11 @@ class JobSpec:
 
     model: str
     training_file: str
+    validation_file: str | None = None
     suffix: str | None = None
     seed: int | None = None
+    method: TrainingMethod = "supervised"
+    beta: float | None = None
     n_epochs: int | None = None
     batch_size: int | None = None
     """Examples of one optimizer step."""
@@ -126,10 +134,14 @@ class JobSpec:
     lora_alpha: float | None = None
     use_rslora: bool | None = None
     lora_dropout: float | None = None
+    peft_method: PeftMethod | None = None
+    target_modules: tuple[str, ...] | None = None
     lr_scheduler_type: LearningRateSchedule | None = None
     warmup_ratio: float | None = None
     max_grad_norm: float | None = None
     priority: int | None = None
+    eval_steps: int | None = None
+    early_stopping_patience: int | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -148,15 +160,27 @@ class Job:
     learning_rate: float
     lora_rank: int
     lora_alpha: float
+    method: TrainingMethod = "supervised"
+    beta: float = 0.1
+    """Of DPO: how strongly the adapter is held to the base model."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) in place of alpha / rank."""
     lora_dropout: float = 0.0
     """Share of the adapter's inputs that is dropped while learning."""
+    peft_method: PeftMethod = "lora"
+    target_modules: tuple[str, ...] = TARGET_MODULES
+    """Projections of each decoder layer that are adapted, of `schema.TARGET_MODULES`."""
     lr_scheduler_type: LearningRateSchedule = "cosine"
     warmup_ratio: float = 0.1
     """Share of all steps over which the learning rate rises to `learning_rate`."""
     max_grad_norm: float = 1.0
     """Gradients with a larger 2-norm are scaled down to it; 0 leaves them alone."""
+    validation_file: str | None = None
+    """Examples on which the loss is computed and nothing is learned."""
+    eval_steps: int = 10
+    """Optimizer steps between two evaluations."""
+    early_stopping_patience: int = 0
+    """So many evaluations without a better loss end the job; 0 never does."""
     suffix: str | None = None
     priority: int = PRIORITY
     """Beside another job it gets device time in proportion to this, 1 to 100."""
@@ -168,8 +192,16 @@ class Job:
     total_steps: int = 0
     trained_tokens: int = 0
     loss: float | None = None
+    valid_loss: float | None = None
+    best_step: int | None = None
+    """The step whose adapter did best on the validation file, and is the result."""
     error_code: str | None = None
     error_message: str | None = None
+
+    @property
+    def download_only(self) -> bool:
+        """Whether the adapter can only be downloaded: SGLang serves LoRA and no other method."""
+        return self.peft_method != "lora"
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +243,9 @@ class FineTuning(Protocol):
     async def pause_job(self, job_id: str) -> Job: ...
     async def resume_job(self, job_id: str) -> Job: ...
     async def set_priority(self, job_id: str, priority: int) -> Job: ...
+    async def adapter_folder(self, job_id: str) -> Path:
+        """Where the finished adapter of a job lies, in PEFT's format."""
+        ...
 
 
 class Operations(Protocol):

@@ -10,7 +10,7 @@ from typing import Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from harli_appliance.schema import JobStatus, LearningRateSchedule
+from harli_appliance.schema import JobStatus, LearningRateSchedule, PeftMethod, TrainingMethod
 
 Item = TypeVar("Item")
 
@@ -158,18 +158,33 @@ class Hyperparameters(WireObject):
     lora_alpha: float
     use_rslora: bool
     lora_dropout: float
+    peft_method: PeftMethod
+    target_modules: list[str]
     lr_scheduler_type: LearningRateSchedule
     warmup_ratio: float
     max_grad_norm: float
+    eval_steps: int
+    early_stopping_patience: int
 
 
 class SupervisedMethod(WireObject):
     hyperparameters: Hyperparameters
 
 
+class DpoHyperparameters(Hyperparameters):
+    beta: float
+
+
+class DpoMethod(WireObject):
+    hyperparameters: DpoHyperparameters
+
+
 class Method(WireObject):
-    type: Literal["supervised"] = "supervised"
-    supervised: SupervisedMethod
+    """One of `supervised` and `dpo` is there, the one that `type` names."""
+
+    type: TrainingMethod
+    supervised: SupervisedMethod | None = None
+    dpo: DpoMethod | None = None
 
 
 class JobProgress(WireObject):
@@ -177,8 +192,12 @@ class JobProgress(WireObject):
     total_steps: int
     trained_tokens: int
     loss: float | None = None
+    valid_loss: float | None = None
+    best_step: int | None = None
     started_at: int | None = None
     priority: int = 10
+    download_only: bool = False
+    """Whether the adapter cannot be served, only downloaded."""
 
 
 class JobObject(WireObject):

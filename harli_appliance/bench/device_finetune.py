@@ -21,6 +21,7 @@ from harli_appliance.bench.device_rig import Place, Rig
 from harli_appliance.bench.device_shapes import Shapes
 from harli_appliance.training.activations import footprint
 from harli_appliance.training.adapter import Adapter
+from harli_appliance.training.objectives import Likelihood
 from harli_appliance.training.packing import EncodedExample, pack
 from harli_appliance.training.units import MicroBatch
 
@@ -110,7 +111,7 @@ class Finetuning:
             self._sequence,
             buffers=self._buffers,
             slots=torch.arange(self._slots, device=self._rig.device),
-            normaliser=float(self._shapes.sequence - 1),
+            objective=Likelihood(float(self._shapes.sequence - 1)),
             loss_tokens=LOSS_TOKENS,
             dropout_key=0,
             gradients=self._gradients.__getitem__,

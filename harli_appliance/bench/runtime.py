@@ -7,13 +7,10 @@ writes ``runtime.json``. Imports neither torch nor SGLang.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,35 +19,17 @@ from rich.console import Console
 from rich.table import Table
 
 from harli_appliance import __version__
+from harli_appliance.bench.goals import Goal, judged, rounded, told
 from harli_appliance.bench.machine import describe_machine
+from harli_appliance.bench.part import measure_part
 from harli_appliance.bench.progress import Narrator
 from harli_appliance.config import Settings, load_settings
-from harli_appliance.errors import ConfigError, HarliError
+from harli_appliance.errors import ConfigError
 from harli_appliance.models.catalog import resolve_model
 
 MODEL = "smollm2-135m-instruct"
 CHILD = (sys.executable, "-m", "harli_appliance.bench.runtime_child")
-SHOWN_LINES = 20
-"""Of the log of a measurement that failed."""
-
 Found = Mapping[str, Mapping[str, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """A number of the report and what it should be."""
-
-    key: str
-    title: str
-    limit: float
-    at_least: bool = False
-
-    def met(self, value: float) -> bool:
-        return value >= self.limit if self.at_least else value <= self.limit
-
-    @property
-    def wanted(self) -> str:
-        return f"{'at least' if self.at_least else 'at most'} {self.limit:g}"
 
 
 GOALS = (
@@ -73,19 +52,12 @@ def run(out: Path, json_output: bool, *, settings: Settings | None = None) -> in
     Returns:
         0 when all goals are met, 1 when one is not, otherwise the error's own exit code.
     """
-    errors = Console(stderr=True)
-    try:
-        report = _measure(out.absolute(), settings or load_settings(), errors)
-    except HarliError as error:
-        for line in (f"error: {error.message}", *getattr(error, "__notes__", ())):
-            errors.print(line, markup=False, highlight=False, soft_wrap=True)
-        return error.exit_code
-    if json_output:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
-    else:
-        Console().print(table(report))
-    errors.print(f"report: {out / 'runtime.json'}", markup=False, highlight=False, soft_wrap=True)
-    return 0 if all(goal["met"] for goal in report["goals"].values()) else 1
+    return told(
+        lambda errors: _measure(out.absolute(), settings or load_settings(), errors),
+        table,
+        out / "runtime.json",
+        json_output,
+    )
 
 
 def _measure(out: Path, settings: Settings, errors: Console) -> dict[str, Any]:
@@ -98,34 +70,17 @@ def _measure(out: Path, settings: Settings, errors: Console) -> dict[str, Any]:
         with narrator.step(f"Model {MODEL}"):
             model = resolve_model(MODEL, settings)
         with narrator.step("Tiny model: overhead, prefix cache, attention"):
-            tiny = _child("tiny", Path(scratch) / "tiny", Path(scratch), out)
+            tiny = _part("tiny", Path(scratch) / "tiny", Path(scratch), out)
         with narrator.step("SmolLM2: attention, loading adapters"):
-            smollm2 = _child("smollm2", model, Path(scratch), out)
+            smollm2 = _part("smollm2", model, Path(scratch), out)
     report = build_report(tiny, smollm2, describe_machine(), time.monotonic() - began)
     (out / "runtime.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return report
 
 
-def _child(part: str, model: Path, scratch: Path, out: Path) -> Found:
+def _part(part: str, model: Path, scratch: Path, out: Path) -> Found:
     """The measurements of one process; its messages go to ``runtime-PART.log`` in `out`."""
-    quiet = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    log = out / f"runtime-{part}.log"
-    with log.open("w", encoding="utf-8") as messages:
-        ended = subprocess.run(  # noqa: S603 - our own module
-            [*CHILD, part, str(model), str(scratch)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=messages,
-            text=True,
-            check=False,
-        )
-    if ended.returncode != 0 or not ended.stdout.strip():
-        error = HarliError(f"the measurement {part!r} ended with status {ended.returncode}; see {log}")
-        for line in log.read_text(encoding="utf-8").splitlines()[-SHOWN_LINES:]:
-            error.add_note(line)
-        raise error
-    found: dict[str, dict[str, float]] = json.loads(ended.stdout.splitlines()[-1])
+    found: Found = measure_part(CHILD, [part, str(model), str(scratch)], out / f"runtime-{part}.log")
     return found
 
 
@@ -168,31 +123,10 @@ def build_report(
             "load_ms": hotload["load_ms"],
         },
     }
-    report = _rounded(report)
-    report["goals"] = {
-        goal.key: {
-            "title": goal.title,
-            "value": (value := _at(report, goal.key)),
-            "wanted": goal.wanted,
-            "met": goal.met(value),
-        }
-        for goal in GOALS
-    }
+    report = rounded(report)
+    report["goals"] = judged(report, GOALS)
     report["machine"] = dict(machine)
     return report
-
-
-def _rounded(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _rounded(value) for key, value in tree.items()}
-    return round(tree, 4) if isinstance(tree, float) else tree
-
-
-def _at(report: Mapping[str, Any], key: str) -> float:
-    found: Any = report
-    for part in key.split("."):
-        found = found[part]
-    return float(found)
 
 
 def table(report: Mapping[str, Any]) -> Table:

@@ -124,6 +124,19 @@ def runtime(
     raise typer.Exit(run(out, json))
 
 
+@app.command("training")
+def training(
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where training.json and the logs are written.")
+    ] = Path("bench-report"),
+    json: Json = False,
+) -> None:
+    """Memory and speed of finetuning by work units, beside PEFT plain and with checkpointed layers."""
+    from harli_appliance.bench.training import run
+
+    raise typer.Exit(run(out, json))
+
+
 @app.command("decide")
 def decide(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where decide.json is written.")] = Path(

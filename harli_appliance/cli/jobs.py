@@ -12,7 +12,7 @@ from harli_appliance.cli.connect import Json, Url, base_model, talk
 from harli_appliance.cli.output import note, number, print_json, print_table, steps, when
 
 if TYPE_CHECKING:
-    from harli_appliance.api.wire import JobEventObject, JobObject
+    from harli_appliance.api.wire import Hyperparameters, JobEventObject, JobObject
     from harli_appliance.client import HarliClient
     from harli_appliance.schema import JobStatus
 
@@ -45,6 +45,17 @@ def create(
     lora_dropout: Annotated[
         float | None, typer.Option(help="Share of the adapter's inputs dropped while learning, e.g. 0.05.")
     ] = None,
+    method: Annotated[str, typer.Option(help="supervised, or dpo for a file of preferences.")] = "supervised",
+    beta: Annotated[
+        float | None,
+        typer.Option(help="Of dpo: how strongly the adapter is held to the base model, e.g. 0.1."),
+    ] = None,
+    peft_method: Annotated[
+        str | None, typer.Option(help="lora, dora or ia3; only lora can be served, the others downloaded.")
+    ] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Projections to adapt, e.g. q_proj,v_proj; all when not given.")
+    ] = None,
     lr_scheduler: Annotated[
         str | None, typer.Option(help="After the warm-up the learning rate is: cosine, linear or constant.")
     ] = None,
@@ -53,6 +64,15 @@ def create(
     ] = None,
     max_grad_norm: Annotated[
         float | None, typer.Option(help="Gradients are clipped to this norm, e.g. 1; 0 leaves them alone.")
+    ] = None,
+    validation: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Held-out examples: a file or the id of one uploaded.")
+    ] = None,
+    eval_steps: Annotated[
+        int | None, typer.Option(help="Steps between two evaluations on the held-out examples.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="End after so many evaluations without a better loss; 0 never does.")
     ] = None,
     suffix: Annotated[str | None, typer.Option(help="Becomes part of the adapter's name.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same order of examples.")] = None,
@@ -70,14 +90,15 @@ def create(
 ) -> None:
     """Queue a job for a training file."""
 
-    path = Path(file).expanduser()
-    local = path if path.exists() else None
+    local = {name: _existing(name) for name in (file, validation) if name is not None}
 
     async def work(client: HarliClient) -> JobObject:
-        file_id = await training_file(client, file, local)
+        file_id = await training_file(client, file, local[file])
+        held_out = await training_file(client, validation, local[validation]) if validation else None
         return await client.create_job(
             model or await base_model(client),
             file_id,
+            validation_file=held_out,
             suffix=suffix,
             seed=seed,
             priority=priority,
@@ -88,9 +109,15 @@ def create(
             lora_alpha=lora_alpha,
             use_rslora=rslora or None,
             lora_dropout=lora_dropout,
+            method=method,
+            beta=beta,
+            peft_method=peft_method,
+            target_modules=target_modules.split(",") if target_modules is not None else None,
             lr_scheduler_type=lr_scheduler,
             warmup_ratio=warmup_ratio,
             max_grad_norm=max_grad_norm,
+            eval_steps=eval_steps,
+            early_stopping_patience=patience,
         )
 
     job = talk(url, work)
@@ -111,6 +138,11 @@ def of_job(url: str | None, told: str, work: Callable[[HarliClient, str], Awaita
         return await work(client, await find_job(client, told))
 
     return talk(url, conversation)
+
+
+def _existing(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    return path if path.exists() else None
 
 
 async def training_file(client: HarliClient, file: str, path: Path | None) -> str:
@@ -171,14 +203,15 @@ def show(job_id: JobId, json: Json = False, url: Url = None) -> None:
         "adapter": job.fine_tuned_model or "-",
         "step": f"{job.harli.step} of {job.harli.total_steps}",
         "loss": number(job.harli.loss),
+        **({"validation loss": _validation(job)} if job.validation_file is not None else {}),
         "trained tokens": str(job.harli.trained_tokens),
         "training file": job.training_file,
         "epochs": str(chosen.n_epochs),
         "batch size": str(chosen.batch_size),
         "learning rate": f"{chosen.learning_rate:g}, {chosen.lr_scheduler_type}, "
         f"warm-up over {chosen.warmup_ratio:.0%} of the steps",
-        "LoRA": f"rank {chosen.lora_rank}, alpha {chosen.lora_alpha:g}, dropout {chosen.lora_dropout:g}"
-        + (", rank-stabilised" if chosen.use_rslora else ""),
+        "method": _method(chosen),
+        "adapted": ", ".join(chosen.target_modules),
         "seed": str(job.seed),
         "priority": str(job.harli.priority),
         "created": when(job.created_at),
@@ -190,6 +223,36 @@ def show(job_id: JobId, json: Json = False, url: Url = None) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         typer.echo(f"{name:<{width}}  {value}")
+
+
+def _validation(job: JobObject) -> str:
+    best = f", best at step {job.harli.best_step}" if job.harli.best_step else ""
+    return f"{number(job.harli.valid_loss)}{best}"
+
+
+def _method(chosen: Hyperparameters) -> str:
+    if chosen.peft_method == "ia3":
+        return "IA3"
+    return (
+        f"{'DoRA' if chosen.peft_method == 'dora' else 'LoRA'}, rank {chosen.lora_rank}, "
+        f"alpha {chosen.lora_alpha:g}, dropout {chosen.lora_dropout:g}"
+        + (", rank-stabilised" if chosen.use_rslora else "")
+    )
+
+
+@app.command("download")
+def download(
+    job_id: JobId,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter's folder is made.")] = Path(),
+    json: Json = False,
+    url: Url = None,
+) -> None:
+    """Fetch the adapter of a finished job, in PEFT's format."""
+    folder = talk(url, lambda client: client.download_adapter(job_id, out))
+    if json:
+        print_json({"folder": str(folder)})
+    else:
+        typer.echo(str(folder))
 
 
 @app.command("events")

@@ -31,8 +31,10 @@ class Lengths:
     words: Mapping[str, str]
     """Special tokens that a template may name, e.g. ``bos_token``."""
 
-    def count(self, messages: Sequence[Mapping[str, str]]) -> int:
-        text = self.template.render(messages=messages, add_generation_prompt=False, **self.words)
+    def count(self, content: Sequence[Mapping[str, str]] | str) -> int:
+        if isinstance(content, str):
+            return len(self.tokenizer.encode(content).ids) + ("eos_token" in self.words)
+        text = self.template.render(messages=content, add_generation_prompt=False, **self.words)
         return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
 

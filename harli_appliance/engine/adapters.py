@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from harli_appliance.engine.lanes import Lane
-from harli_appliance.errors import HarliError, NotFound
+from harli_appliance.errors import HarliError, NotFound, UsageError
 from harli_appliance.runtime.protocol import Runtime
 
 log = structlog.get_logger(__name__)
@@ -40,6 +40,7 @@ class AdapterShelf:
         self._runtime = runtime
         self._lane = lane
         self._current: dict[str, Version] = {}
+        self._kept_off: set[str] = set()
         self._using: dict[str, Version] = {}
         self._changing = asyncio.Lock()
         self._unloading: set[asyncio.Task[None]] = set()
@@ -77,11 +78,16 @@ class AdapterShelf:
             self._retire(self._known(name))
             del self._current[name]
 
+    def keep_off(self, name: str) -> None:
+        """This name stands for an adapter that cannot be served; whoever asks for it is told so."""
+        self._kept_off.add(name)
+
     def begin(self, name: str, request: str) -> str:
         """The id that this request is served with; `end` must be called when it is over.
 
         Raises:
             NotFound: there is no such adapter.
+            UsageError: there is, but it cannot be served.
         """
         version = self._known(name)
         version.users.add(request)
@@ -101,6 +107,12 @@ class AdapterShelf:
         await asyncio.gather(*self._unloading)
 
     def _known(self, name: str) -> Version:
+        if name in self._kept_off and name not in self._current:
+            raise UsageError(
+                f"model {name!r} is no LoRA adapter and cannot be served; fetch it with 'harli jobs download'",
+                code="model_not_servable",
+                param="model",
+            )
         if name not in self._current:
             raise NotFound(
                 f"model {name!r} does not exist; GET /v1/models lists those that do",

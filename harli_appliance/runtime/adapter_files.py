@@ -6,6 +6,7 @@ it when loading. Knows PEFT's file format and the names of projections; does not
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ def check_adapter(name: str, folder: Path, config: Any, max_rank: int) -> None:
     Raises:
         UsageError: names the adapter, the first tensor at fault, and what would fit.
     """
+    _check_method(name, folder)
     path = folder / WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
@@ -48,6 +50,20 @@ def check_adapter(name: str, folder: Path, config: Any, max_rank: int) -> None:
             raise _refusal(name, f"tensor {key} is of shape {list(shape)}, this model needs {list(fits)}")
         if rank > max_rank:
             raise _refusal(name, f"its rank is {rank}, the largest is training.max_lora_rank = {max_rank}")
+
+
+def _check_method(name: str, folder: Path) -> None:
+    """SGLang would take every adapter for LoRA, and leave out what makes it another."""
+    path = folder / "adapter_config.json"
+    try:
+        described: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _refusal(name, f"{path} cannot be read: {error}") from error
+    method = str(described.get("peft_type")) if isinstance(described, dict) else "unknown"
+    if method == "LORA" and described.get("use_dora"):
+        method = "DoRA"
+    if method != "LORA":
+        raise _refusal(name, f"it is of the method {method}; only LoRA can be served")
 
 
 def _projections(config: Any) -> Mapping[str, tuple[int, int]]:

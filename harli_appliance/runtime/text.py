@@ -55,8 +55,17 @@ class TextCodec:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
 
-    def count_tokens(self, messages: Sequence[Mapping[str, str]]) -> int:
-        return len(self.encode_chat(messages, generation_prompt=False))
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text as the model reads it, with its end where the model has a token for that."""
+        ids: list[int] = self._tokenizer.encode(text)
+        end = self._tokenizer.eos_token_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+    def count_tokens(self, content: Sequence[Mapping[str, str]] | str) -> int:
+        """Tokens of a conversation or a text."""
+        if isinstance(content, str):
+            return len(self.encode_text(content))
+        return len(self.encode_chat(content, generation_prompt=False))
 
     def decoder(self, stop: Sequence[str] = ()) -> Decoder:
         return Decoder(self._tokenizer.backend_tokenizer, stop)

@@ -9,11 +9,18 @@ from sqlite_utils import Database
 
 from harli_appliance.api.ports import StoredFile
 from harli_appliance.errors import Conflict, NotFound
+from harli_appliance.schema import DataFormat
 from harli_appliance.store.ids import bindable
 
 
 def insert_file(
-    db: Database, file_id: str, filename: str, purpose: str, size: int, examples: int
+    db: Database,
+    file_id: str,
+    filename: str,
+    purpose: str,
+    size: int,
+    examples: int,
+    format: DataFormat = "chat",
 ) -> StoredFile:
     db.table("files").insert(
         {
@@ -23,6 +30,7 @@ def insert_file(
             "bytes": size,
             "examples": examples,
             "created_at": int(time.time()),
+            "format": format,
         }
     )
     return get_file(db, file_id)
@@ -52,7 +60,8 @@ def delete_file(db: Database, file_id: str) -> None:
         Conflict: a job that has not ended needs it.
     """
     get_file(db, file_id)
-    job = next(db.table("jobs").rows_where("training_file = ? AND finished_at IS NULL", [file_id]), None)
+    used = "(training_file = :id OR validation_file = :id) AND finished_at IS NULL"
+    job = next(db.table("jobs").rows_where(used, {"id": file_id}), None)
     if job is not None:
         raise Conflict(
             f"file '{file_id}' is used by job '{job['id']}', which is {job['status']}; cancel the job first",
@@ -68,4 +77,5 @@ def _file(row: dict[str, Any]) -> StoredFile:
         purpose=row["purpose"],
         bytes=row["bytes"],
         created_at=row["created_at"],
+        format=row["format"],
     )

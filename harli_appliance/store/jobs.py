@@ -41,7 +41,8 @@ _COLUMNS = tuple(field.name for field in fields(Job))
 
 
 def insert_job(db: Database, job: Job) -> Job:
-    db.table("jobs").insert({**asdict(job), "metadata": json.dumps(dict(job.metadata))})
+    written = {"metadata": json.dumps(dict(job.metadata)), "target_modules": json.dumps(job.target_modules)}
+    db.table("jobs").insert({**asdict(job), **written})
     return get_job(db, job.id)
 
 
@@ -183,6 +184,7 @@ def _update(db: Database, job_id: str, **changes: object) -> None:
 def _job(row: Mapping[str, Any]) -> Job:
     values: dict[str, Any] = {column: row[column] for column in _COLUMNS}
     values |= {"metadata": json.loads(row["metadata"]), "use_rslora": bool(row["use_rslora"])}
+    values["target_modules"] = tuple(json.loads(row["target_modules"]))
     return Job(**values)
 
 

@@ -12,12 +12,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Container, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import structlog
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from harli_appliance.training.validation import Standing
 
 log = structlog.get_logger(__name__)
 
@@ -27,11 +29,12 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a job was: optimizer steps done, tokens trained, last loss."""
+    """Where a job was: optimizer steps done, tokens trained, last loss, what validation has shown."""
 
     step: int
     trained_tokens: int
     loss: float | None
+    standing: Standing = field(default_factory=Standing)
 
 
 def write_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -70,18 +73,28 @@ def save(home: Path, progress: Progress, tensors: Mapping[str, Tensor], keep: in
 
 def load_newest(home: Path) -> tuple[Progress, dict[str, Tensor]] | None:
     """The newest checkpoint that is whole, None when there is none; damaged ones are passed over."""
-    for folder in _folders(home):
-        try:
-            line, _, seal = (folder / _MANIFEST).read_bytes().rpartition(b"\n")
-            if seal != _sealed(line):
-                raise ValueError("its manifest is not as it was written")
-            manifest = json.loads(line)
-            if manifest.pop("sha256") != _digest(folder / _TENSORS):
-                raise ValueError("its tensors do not match the manifest")
-            return Progress(**manifest), load_file(folder / _TENSORS)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("checkpoint is damaged; trying the one before", folder=str(folder), why=str(error))
-    return None
+    return next(filter(None, map(_load, _folders(home))), None)
+
+
+def load_step(home: Path, step: int) -> dict[str, Tensor] | None:
+    """The tensors of the checkpoint of `step`; None when there is none or it is damaged."""
+    found = _load(_folder(home, step))
+    return None if found is None else found[1]
+
+
+def _load(folder: Path) -> tuple[Progress, dict[str, Tensor]] | None:
+    try:
+        line, _, seal = (folder / _MANIFEST).read_bytes().rpartition(b"\n")
+        if seal != _sealed(line):
+            raise ValueError("its manifest is not as it was written")
+        manifest = json.loads(line)
+        if manifest.pop("sha256") != _digest(folder / _TENSORS):
+            raise ValueError("its tensors do not match the manifest")
+        standing = Standing(**manifest.pop("standing"))
+        return Progress(**manifest, standing=standing), load_file(folder / _TENSORS)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("checkpoint is damaged; trying the one before", folder=str(folder), why=str(error))
+        return None
 
 
 def remove(home: Path, step: int) -> None:

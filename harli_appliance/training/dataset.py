@@ -1,4 +1,4 @@
-"""Training files: OpenAI's chat format, one JSON object a line, UTF-8.
+"""Training files: OpenAI's chat or preference format or plain texts, one JSON object a line, UTF-8.
 
 `check_dataset` reads a file of any content in constant memory and reports every fault with its line; it
 never raises for what is in the file. `read_examples` gives a checked file to the trainer. Knows no
@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from harli_appliance.errors import DatasetError
-from harli_appliance.training.examples import Example, Verdict, judge
+from harli_appliance.schema import DataFormat
+from harli_appliance.training.examples import AnyExample, Chat, Verdict
 from harli_appliance.training.findings import Finding, Findings, Report
+from harli_appliance.training.preferences import judge
 from harli_appliance.training.strict_json import LineFault, parse_line
 
 MIB = 1024 * 1024
@@ -26,8 +28,8 @@ MAX_FINDINGS = 100
 REMEMBERED_EXAMPLES = 100_000
 """Duplicates are looked for among so many examples: about 10 MiB of digests."""
 
-CountTokens = Callable[[list[dict[str, str]]], int]
-"""Tokens of a chat (messages with role and content) as the served model's template writes it."""
+CountTokens = Callable[[Chat | str], int]
+"""Tokens of a chat (messages with role and content) as the served model's template writes it, or of a text."""
 
 _CHUNK = 64 * 1024
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -77,7 +79,7 @@ def check_dataset(
     return check.report()
 
 
-def read_examples(path: Path) -> Iterator[Example]:
+def read_examples(path: Path) -> Iterator[AnyExample]:
     """The examples of a file that `check_dataset` found good, in order.
 
     Raises:
@@ -111,6 +113,7 @@ class _Check:
         self._too_long = 0
         self._first_too_long = 0
         self._seen: dict[bytes, int] = {}
+        self._format: DataFormat | None = None
 
     def report(self) -> Report:
         summaries = []
@@ -123,7 +126,9 @@ class _Check:
                     f"{self._context_length} tokens; shorten or split them",
                 )
             )
-        return Report(self._examples, self.errors.closed(summaries), self._warnings.closed())
+        return Report(
+            self._examples, self.errors.closed(summaries), self._warnings.closed(), self._format or "chat"
+        )
 
     def file(self, path: Path, max_file_bytes: int, max_line_bytes: int) -> None:
         status = path.stat()
@@ -187,6 +192,15 @@ class _Check:
     def _good(self, number: int, verdict: Verdict) -> None:
         if verdict.example is None or not self._fits(number, verdict.example):
             return
+        found = verdict.example.format
+        self._format = self._format or found
+        if found != self._format:
+            self.errors.add(
+                number,
+                "mixed_formats",
+                f"a line of the {found} format among {self._format} lines; put each format in a file of its own",
+            )
+            return
         self._examples += 1
         digest = hashlib.blake2b(repr(verdict.example).encode(), digest_size=12).digest()
         if (earlier := self._seen.get(digest)) is not None:
@@ -196,11 +210,11 @@ class _Check:
         elif len(self._seen) < REMEMBERED_EXAMPLES:
             self._seen[digest] = number
 
-    def _fits(self, number: int, example: Example) -> bool:
+    def _fits(self, number: int, example: AnyExample) -> bool:
         if self._count_tokens is None:
             return True
         try:
-            tokens = self._count_tokens(example.as_chat())
+            tokens = max(map(self._count_tokens, example.texts()))
         except Exception as error:  # a chat template may raise anything; here it is the data's fault
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             self.errors.add(

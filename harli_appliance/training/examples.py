@@ -1,16 +1,20 @@
-"""What a training example is: a chat whose assistant turns are learned from.
+"""What a training example is: a chat whose assistant turns are learned from, or a text that is learned whole.
 
-Knows the rules of one example, in OpenAI's chat format; knows nothing of files.
+Knows the rules of one example, in OpenAI's chat format or ``{"text": ...}``; knows nothing of files. Preferences
+are in `training/preferences.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
+from harli_appliance.schema import DataFormat
 from harli_appliance.training.strict_json import shown
 
+Chat = list[dict[str, str]]
+"""Messages as chat templates take them."""
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[str, ...] = get_args(Role)
 
@@ -22,8 +26,6 @@ OTHER_FORMATS: Mapping[str, str] = {
     "completion": "prompt/completion",
     "instruction": "Alpaca",
     "conversations": "ShareGPT",
-    "input": "preference",
-    "text": "plain text",
 }
 """Keys that tell which other format a line without messages is in."""
 
@@ -41,9 +43,44 @@ class Message:
 class Example:
     messages: tuple[Message, ...]
 
+    format: ClassVar[DataFormat] = "chat"
+
     def as_chat(self) -> list[dict[str, str]]:
         """The messages as chat templates take them."""
         return [{"role": message.role, "content": message.content} for message in self.messages]
+
+    def texts(self) -> Iterator[Chat | str]:
+        """What is counted to know how long the example is."""
+        yield self.as_chat()
+
+
+@dataclass(frozen=True, slots=True)
+class TextExample:
+    """A text of which every token is learned, and its end."""
+
+    text: str
+
+    format: ClassVar[DataFormat] = "text"
+
+    def texts(self) -> Iterator[Chat | str]:
+        yield self.text
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceExample:
+    """Two answers to one prompt; each is the whole conversation, of which only the answer has a weight."""
+
+    preferred: Example
+    other: Example
+
+    format: ClassVar[DataFormat] = "preference"
+
+    def texts(self) -> Iterator[Chat | str]:
+        yield self.preferred.as_chat()
+        yield self.other.as_chat()
+
+
+AnyExample = Example | TextExample | PreferenceExample
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +95,13 @@ class Fault:
 class Verdict:
     """An example, or the faults that keep it from being one; and what to warn of in both cases."""
 
-    example: Example | None
+    example: AnyExample | None
     faults: tuple[Fault, ...]
     warnings: tuple[Fault, ...]
 
 
-def judge(value: object) -> Verdict:
-    """Check one parsed line."""
-    if isinstance(value, list):
-        return _refused(
-            Fault("json_array", "this is a JSON array; write one object a line, without the brackets")
-        )
-    if not isinstance(value, dict):
-        return _refused(
-            Fault("not_an_object", f"the line is {shown(value)}; write an object with 'messages'")
-        )
+def judge_chat(value: Mapping[str, Any]) -> Verdict:
+    """Check a line with ``messages``, or one that is no format that is known."""
     warnings = [
         Fault("unknown_key", f"the key {shown(key)} is not used; leave it out")
         for key in value
@@ -85,7 +114,10 @@ def judge(value: object) -> Verdict:
     ]
     if "messages" not in value:
         return _refused(*faults, _no_messages(value))
-    messages = value["messages"]
+    return _judge_messages(value["messages"], faults, warnings)
+
+
+def _judge_messages(messages: object, faults: list[Fault], warnings: list[Fault]) -> Verdict:
     if not isinstance(messages, list):
         fault = Fault("messages_not_a_list", f"'messages' is {shown(messages)}; write a list of messages")
         return _refused(*faults, fault)
@@ -108,6 +140,19 @@ def judge(value: object) -> Verdict:
             warnings.append(Fault("no_user_turn", "no user turn: the model learns to speak unasked"))
     example = None if faults else Example(tuple(turns))
     return Verdict(example, tuple(faults), tuple(warnings))
+
+
+def judge_text(value: Mapping[str, Any]) -> Verdict:
+    """Check a line with ``text``."""
+    warnings = tuple(unused_keys(value, {"text"}))
+    faults = tuple(text_faults(value["text"], "the text"))
+    return Verdict(None if faults else TextExample(value["text"]), faults, warnings)
+
+
+def unused_keys(value: Mapping[str, Any], known: set[str]) -> Iterator[Fault]:
+    for key in value:
+        if key not in known:
+            yield Fault("unknown_key", f"the key {shown(key)} is not used; leave it out")
 
 
 def _refused(*faults: Fault) -> Verdict:
@@ -155,27 +200,28 @@ def _message_faults(message: object, number: int) -> Iterator[Fault]:
 
 
 def _content_faults(message: Mapping[str, Any], where: str) -> Iterator[Fault]:
-    content = message.get("content")
     if "content" not in message:
         yield Fault("content_missing", f"{where} has no 'content'; write its text")
-    elif content is None:
-        yield Fault("content_null", f"the content of {where} is null; write its text")
+    else:
+        yield from text_faults(message["content"], f"the content of {where}")
+
+
+def text_faults(content: object, what: str) -> Iterator[Fault]:
+    """What keeps a value from being a text to learn from."""
+    if content is None:
+        yield Fault("content_null", f"{what} is null; write it as a string")
     elif isinstance(content, list):
-        yield Fault(
-            "content_not_text", f"the content of {where} is a list of parts; write one string, text only"
-        )
+        yield Fault("content_not_text", f"{what} is a list of parts; write one string, text only")
     elif not isinstance(content, str):
-        yield Fault("content_not_text", f"the content of {where} is {shown(content)}; write a string")
+        yield Fault("content_not_text", f"{what} is {shown(content)}; write a string")
     elif not content.strip():
-        yield Fault(
-            "content_empty", f"the content of {where} is empty; write its text, or leave the message out"
-        )
+        yield Fault("content_empty", f"{what} is empty; write something, or leave it out")
     elif "\0" in content:
-        yield Fault("nul_character", f"the content of {where} holds a NUL character (\\u0000); take it out")
+        yield Fault("nul_character", f"{what} holds a NUL character (\\u0000); take it out")
     elif not _encodable(content):
         yield Fault(
             "lone_surrogate",
-            f"the content of {where} has half a surrogate pair (\\ud800-\\udfff); write the whole character",
+            f"{what} has half a surrogate pair (\\ud800-\\udfff); write the whole character",
         )
 
 

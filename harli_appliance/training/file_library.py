@@ -71,9 +71,9 @@ class FileLibrary:
         )
         if not report.ok:
             raise DatasetError(_refusal(report), findings=report.errors)
-        return await self._to_the_end(self._take_over(path, filename, report.examples))
+        return await self._to_the_end(self._take_over(path, filename, report))
 
-    async def _take_over(self, path: Path, filename: str, examples: int) -> StoredFile:
+    async def _take_over(self, path: Path, filename: str, report: Report) -> StoredFile:
         file_id = new_id("file")
         name = one_line(PurePath(filename).name)[:255] or "upload.jsonl"
         await asyncio.to_thread(self._uploads.bring_in, path, file_id)
@@ -81,7 +81,7 @@ class FileLibrary:
         def keep(db: Connection) -> StoredFile:
             self._uploads.reveal(file_id)
             size = self._uploads.path(file_id).stat().st_size
-            return file_rows.insert_file(db, file_id, name, PURPOSE, size, examples)
+            return file_rows.insert_file(db, file_id, name, PURPOSE, size, report.examples, report.format)
 
         try:
             return await self._database.run(keep)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from harli_appliance.schema import DataFormat
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -18,11 +20,12 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a check found. `examples` counts the lines that are good examples."""
+    """What a check found. `examples` counts the lines that are good examples, all of `format`."""
 
     examples: int
     errors: tuple[Finding, ...]
     warnings: tuple[Finding, ...]
+    format: DataFormat = "chat"
 
     @property
     def ok(self) -> bool:
@@ -31,6 +34,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         return {
             "ok": self.ok,
+            "format": self.format,
             "examples": self.examples,
             "errors": [asdict(finding) for finding in self.errors],
             "warnings": [asdict(finding) for finding in self.warnings],

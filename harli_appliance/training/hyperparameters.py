@@ -13,7 +13,7 @@ from typing import get_args
 
 from harli_appliance.api.ports import PRIORITY, Job, JobSpec
 from harli_appliance.errors import UsageError
-from harli_appliance.schema import LearningRateSchedule
+from harli_appliance.schema import TARGET_MODULES, LearningRateSchedule, PeftMethod, TrainingMethod
 from harli_appliance.store.ids import new_id
 
 N_EPOCHS = 3
@@ -21,8 +21,10 @@ BATCH_SIZE = 8
 LEARNING_RATE = 1e-3
 LORA_RANK = 8
 ALPHA_PER_RANK = 2.0
+BETA = 0.1
 WARMUP_RATIO = 0.1
 MAX_GRAD_NORM = 1.0
+EVAL_STEPS = 10
 
 MAX_EPOCHS = 100
 MAX_BATCH_SIZE = 1024
@@ -30,6 +32,9 @@ MAX_LORA_ALPHA = 4096.0
 MAX_LORA_DROPOUT = 0.9
 LARGEST_GRAD_NORM = 1000.0
 MAX_PRIORITY = 100
+MAX_EVAL_STEPS = 100_000
+MAX_PATIENCE = 1000
+MAX_BETA = 2.0
 MAX_SEED = 2**31 - 1
 
 _SUFFIX = re.compile(r"[a-zA-Z0-9_-]{1,40}")
@@ -69,9 +74,16 @@ def resolve(spec: JobSpec, *, model: str, max_lora_rank: int) -> Job:
         lora_alpha=spec.lora_alpha if spec.lora_alpha is not None else ALPHA_PER_RANK * rank,
         use_rslora=spec.use_rslora or False,
         lora_dropout=spec.lora_dropout or 0.0,
+        method=spec.method,
+        beta=spec.beta if spec.beta is not None else BETA,
+        peft_method=spec.peft_method or "lora",
+        target_modules=spec.target_modules if spec.target_modules is not None else TARGET_MODULES,
         lr_scheduler_type=spec.lr_scheduler_type or "cosine",
         warmup_ratio=spec.warmup_ratio if spec.warmup_ratio is not None else WARMUP_RATIO,
         max_grad_norm=spec.max_grad_norm if spec.max_grad_norm is not None else MAX_GRAD_NORM,
+        validation_file=spec.validation_file,
+        eval_steps=spec.eval_steps if spec.eval_steps is not None else EVAL_STEPS,
+        early_stopping_patience=spec.early_stopping_patience or 0,
         suffix=spec.suffix,
         priority=spec.priority if spec.priority is not None else PRIORITY,
         metadata=dict(spec.metadata),
@@ -83,6 +95,19 @@ def resolve(spec: JobSpec, *, model: str, max_lora_rank: int) -> Job:
     _between("lora_rank", job.lora_rank, 1, max_lora_rank)
     _above_zero("learning_rate", job.learning_rate, 1.0)
     _above_zero("lora_alpha", job.lora_alpha, MAX_LORA_ALPHA)
+    _between("eval_steps", job.eval_steps, 1, MAX_EVAL_STEPS)
+    _between("early_stopping_patience", job.early_stopping_patience, 0, MAX_PATIENCE)
+    for name in ("eval_steps", "early_stopping_patience"):
+        if getattr(spec, name) and spec.validation_file is None:
+            raise UsageError(f"{name} has a meaning with a validation_file only; leave it out", param=name)
+    _one_of("method", job.method, get_args(TrainingMethod))
+    _above_zero("beta", job.beta, MAX_BETA)
+    if spec.beta is not None and job.method != "dpo":
+        raise UsageError("beta has a meaning for the method dpo only; leave it out", param="beta")
+    _one_of("peft_method", job.peft_method, get_args(PeftMethod))
+    _check_targets(job)
+    if job.peft_method == "ia3":
+        _refuse_lora_options(spec)
     _from_zero("lora_dropout", job.lora_dropout, MAX_LORA_DROPOUT)
     _from_zero("warmup_ratio", job.warmup_ratio, 1.0)
     _from_zero("max_grad_norm", job.max_grad_norm, LARGEST_GRAD_NORM)
@@ -126,6 +151,21 @@ def _from_zero(name: str, value: float, most: float) -> None:
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise UsageError(f"{name} is '{value}'; choose {', '.join(choices)}", param=name)
+
+
+def _check_targets(job: Job) -> None:
+    for name in job.target_modules:
+        _one_of("target_modules", name, TARGET_MODULES)
+    if not job.target_modules or len(set(job.target_modules)) < len(job.target_modules):
+        raise UsageError(
+            "target_modules is empty or names one twice; name each projection once", param="target_modules"
+        )
+
+
+def _refuse_lora_options(spec: JobSpec) -> None:
+    for name in ("lora_rank", "lora_alpha", "use_rslora", "lora_dropout"):
+        if getattr(spec, name):
+            raise UsageError(f"{name} has no meaning for ia3, which has no rank; leave it out", param=name)
 
 
 def _check_metadata(job: Job) -> None:

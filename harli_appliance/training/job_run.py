@@ -8,6 +8,7 @@ of a step and the masks of dropout are functions of seed and step, and nothing e
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,21 +26,33 @@ from harli_appliance.training.dataset import read_examples
 from harli_appliance.training.dropout import sequence_key
 from harli_appliance.training.fit import fit, fitting_tokens
 from harli_appliance.training.learning_rate import learning_rate
+from harli_appliance.training.objectives import Likelihood, Objective, Preference
 from harli_appliance.training.packing import (
     ChatEncoder,
-    EncodedExample,
-    PackedSequence,
-    encode_example,
+    Encoded,
+    encode,
     examples_of_step,
     pack,
+    size_of,
     steps_in_epoch,
 )
 from harli_appliance.training.units import MicroBatch
+from harli_appliance.training.validation import Validation
 
 DIVERGED = 3.0
 """A loss so many times that of guessing evenly among all tokens, ln(vocabulary), has exploded."""
-LOSS_TOKENS = 16
-"""Learned tokens of a loss unit: against a vocabulary of 49,152 about as long as a backward unit of 128 tokens."""
+BEST = "best"
+"""Folder of the checkpoints that did best on the held-out examples, beside the others."""
+KEPT_BEST = 2
+LEAST_LOSS_TOKENS = 16
+WINDOW_PER_LOSS = 8
+"""Against a vocabulary of 49,152 a learned token in a loss unit takes about as long as so many tokens of a window
+in a backward unit."""
+
+
+def loss_tokens(window: int) -> int:
+    """Learned tokens of a loss unit where windows are of `window` tokens."""
+    return max(LEAST_LOSS_TOKENS, window // WINDOW_PER_LOSS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +73,8 @@ def adapter_for(job: Job, backbone: Backbone) -> Adapter:
         rank=job.lora_rank,
         alpha=job.lora_alpha,
         seed=job.seed,
+        method=job.peft_method,
+        targets=job.target_modules,
         rslora=job.use_rslora,
         dropout=job.lora_dropout,
     )
@@ -71,6 +86,7 @@ class JobRun:
     Args:
         buffers: the K and V buffers whose leased rows hold micro-batches.
         leasable: slots that can be leased at most; a job that needs more is refused.
+        held_out: examples on which the loss is computed at intervals, without learning from them.
 
     Raises:
         JobFailed: the adapter's state and a micro-batch would not fit the pool.
@@ -85,13 +101,18 @@ class JobRun:
         buffers: Buffers,
         options: RunOptions,
         leasable: int,
+        held_out: Path | None = None,
     ) -> None:
         self.job = job
         self.window_tokens = options.window_tokens
         self._backbone = backbone
         self._buffers = buffers
         self._options = options
-        self._examples = [encode_example(example, encoder) for example in read_examples(data)]
+        self._examples = [encode(example, encoder) for example in read_examples(data)]
+        kept_back = [encode(example, encoder) for example in read_examples(held_out)] if held_out else []
+        # Of preferences, the base model's log-probabilities of both answers; computed when first needed.
+        pairs = len(self._examples) + len(kept_back) if job.method == "dpo" else 0
+        self._references = torch.full((pairs, 2), torch.nan, dtype=torch.float64)
         self.total_steps = job.n_epochs * steps_in_epoch(len(self._examples), job.batch_size)
         self.step = self._kept_step = 0
         self.trained_tokens = 0
@@ -101,17 +122,23 @@ class JobRun:
         layers = [self.adapter.parameters(layer) for layer in range(len(backbone.layers))]
         self.state = AdapterState(layers, self._optimizer, [*buffers[0], *buffers[1]])
         try:
-            self._refuse_oversize(leasable)
+            self._refuse_oversize(leasable, kept_back)
+            self.validation = Validation(
+                kept_back,
+                self._sequence_tokens,
+                every=job.eval_steps,
+                patience=job.early_stopping_patience,
+            )
             self._resume()
         except BaseException:
             self.adapter.detach()
             raise
         self._plan_step()
 
-    def _refuse_oversize(self, leasable: int) -> None:
+    def _refuse_oversize(self, leasable: int, kept_back: Sequence[Encoded]) -> None:
         """Also sets how long packed sequences may be: as asked, or as long as the pool allows."""
         state = self.state.slots
-        need = fit(self._backbone, state, max(len(example.tokens) for example in self._examples), leasable)
+        need = fit(self._backbone, state, max(map(size_of, [*self._examples, *kept_back])), leasable)
         if not need.fits:
             raise JobFailed(need.refusal(), code="does_not_fit")
         most = fitting_tokens(self._backbone, leasable - state)
@@ -120,21 +147,41 @@ class JobRun:
     # -- micro-batches -----------------------------------------------------------------------------------
 
     def _plan_step(self) -> None:
-        """Choose and pack the examples of the current step."""
-        if self.step >= self.total_steps:
-            self._packs: list[PackedSequence] = []
-            return
-        chosen: list[EncodedExample] = [
-            self._examples[index]
-            for index in examples_of_step(len(self._examples), self.job.batch_size, self.job.seed, self.step)
-        ]
-        self._packs = pack(chosen, self._sequence_tokens)
-        self._learned = sum(example.learned_tokens for example in chosen)
+        """Choose and pack the examples of what comes next: an evaluation or an optimizer step."""
         self._step_loss = 0.0
         self._step_tokens = 0
+        self.evaluating = self.validation.due(self.step, self.total_steps)
+        if self.evaluating:
+            held_out = len(self.validation.examples)
+            self._chosen: Sequence[int] = range(len(self._examples), len(self._examples) + held_out)
+            self._packs = self.validation.packs
+            self._objective = self._objective_of(self.validation.examples)
+            return
+        if self.done:
+            self._packs = []
+            return
+        self._chosen = examples_of_step(len(self._examples), self.job.batch_size, self.job.seed, self.step)
+        chosen = [self._examples[index] for index in self._chosen]
+        self._packs = pack(chosen, self._sequence_tokens)
+        self._objective = self._objective_of(chosen)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to compute: all steps are made, or validation gave up hope."""
+        ended = self.step >= self.total_steps or self.validation.hopeless
+        return ended and not self.evaluating
+
+    def _objective_of(self, examples: Sequence[Encoded]) -> Objective:
+        if self.job.method == "dpo":
+            return Preference(self.job.beta, pairs=len(examples))
+        return Likelihood(max(1, sum(example.learned_tokens for example in examples)))
+
+    def _pairs_of(self, index: int) -> list[int]:
+        """The examples in packed sequence `index`, by their numbers in the file; held-out ones come after them."""
+        return [self._chosen[item] for item in self._packs[index].items]
 
     def micro_batches(self) -> int:
-        """Packed sequences of the current step."""
+        """Packed sequences of the current step or evaluation."""
         return len(self._packs)
 
     @property
@@ -152,25 +199,47 @@ class JobRun:
     def begin(self, index: int, slots: Tensor) -> MicroBatch:
         """Start a micro-batch; what one before it has left unfinished is forgotten."""
         self.state.begin_batch()
+        known = self._references[self._pairs_of(index)] if self.job.method == "dpo" else None
         return MicroBatch(
             self._backbone,
             self.adapter,
             self._packs[index],
             buffers=self._buffers,
             slots=slots,
-            normaliser=max(1, self._learned),
-            loss_tokens=LOSS_TOKENS,
-            dropout_key=sequence_key(self.job.seed, self.step, index),
-            gradients=self.state.batch_gradients,
+            objective=self._objective,
+            loss_tokens=loss_tokens(self.window_tokens),
+            dropout_key=None if self.evaluating else sequence_key(self.job.seed, self.step, index),
+            gradients=None if self.evaluating else self.state.batch_gradients,
+            reference=None if known is None or known.isnan().any() else known.flatten(),
         )
 
-    def finish(self, batch: MicroBatch) -> None:
+    def finish(self, index: int, batch: MicroBatch) -> None:
         """Add a complete micro-batch's gradients to the step's; an incomplete one leaves no trace."""
         self._step_loss += batch.loss
-        self.state.add_batch()
-        self._step_tokens += batch.tokens
+        if batch.reference is not None:
+            self._references[self._pairs_of(index)] = batch.reference.view(-1, 2)
+        if not self.evaluating:
+            self.state.add_batch()
+            self._step_tokens += batch.tokens
 
     # -- steps ---------------------------------------------------------------------------------------------
+
+    def end_round(self) -> None:
+        """All micro-batches are complete: make the optimizer's step, or judge the evaluation.
+
+        Raises:
+            JobFailed: see `optimizer_step`.
+        """
+        if self.evaluating:
+            self._end_evaluation()
+        else:
+            self.optimizer_step()
+
+    def _end_evaluation(self) -> None:
+        self.validation.standing = standing = self.validation.standing.after(self.step, self._step_loss)
+        if standing.best_step == self.step:
+            self._save(self._home / BEST, KEPT_BEST)
+        self._plan_step()
 
     def optimizer_step(self) -> None:
         """Apply the gradients of the step.
@@ -208,7 +277,9 @@ class JobRun:
 
     @property
     def checkpoint_due(self) -> bool:
-        return self.step % self._options.checkpoint_every_steps == 0 and self.step < self.total_steps
+        """An evaluation comes first, so that the checkpoint has its result."""
+        due = self.step % self._options.checkpoint_every_steps == 0 and self.step < self.total_steps
+        return due and not self.evaluating
 
     @property
     def has_unkept_steps(self) -> bool:
@@ -217,9 +288,13 @@ class JobRun:
 
     def checkpoint(self) -> None:
         """Keep the job as it was after the last optimizer step, at any time between two of them."""
-        progress = checkpoints.Progress(self.step, self.trained_tokens, self.loss)
-        checkpoints.save(self._home, progress, self.state.tensors(), self._options.keep_checkpoints)
+        self._save(self._home, self._options.keep_checkpoints)
         self._kept_step = self.step
+
+    def _save(self, home: Path, keep: int) -> None:
+        standing = self.validation.standing
+        progress = checkpoints.Progress(self.step, self.trained_tokens, self.loss, standing)
+        checkpoints.save(home, progress, {**self.state.tensors(), "references": self._references}, keep)
 
     def _resume(self) -> None:
         found = checkpoints.load_newest(self._home)
@@ -227,11 +302,35 @@ class JobRun:
             return
         progress, tensors = found
         self.state.load(tensors)
+        self._references = tensors["references"]
         self.step, self.trained_tokens, self.loss = progress.step, progress.trained_tokens, progress.loss
         self._kept_step = self.step
+        self.validation.standing = progress.standing
+
+    def take_best(self) -> None:
+        """Take over the weights that did best on the held-out examples, if there are any.
+
+        Raises:
+            JobFailed: their checkpoint is gone or damaged.
+        """
+        best = self.validation.standing.best_step
+        if not best or best == self.step:
+            return
+        tensors = checkpoints.load_step(self._home / BEST, best)
+        if tensors is None:
+            raise JobFailed(
+                f"the checkpoint of step {best}, the best one, is gone or damaged; run the job again",
+                code="checkpoint_lost",
+            )
+        self.state.load(tensors)
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter in PEFT's format, whole or not at all."""
+        """Write the adapter in PEFT's format, whole or not at all; the best one where held-out examples told.
+
+        Raises:
+            JobFailed: see `take_best`.
+        """
+        self.take_best()
         checkpoints.write_atomically(folder, self.adapter.save)
 
     def discard_checkpoints(self) -> None:

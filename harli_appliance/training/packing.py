@@ -1,21 +1,21 @@
-"""From conversations to packed sequences of tokens with loss weights.
+"""From examples to packed sequences of tokens with loss weights.
 
-Knows chat examples and tokens; does not know the model. Only assistant turns are learned; a turn's ``weight``
-(0 or 1, as in OpenAI's format) says whether.
+Knows examples and tokens; does not know the model. Of conversations only assistant turns are learned; a turn's
+``weight`` (0 or 1, as in OpenAI's format) says whether. Of texts everything is.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from harli_appliance.errors import UsageError
-from harli_appliance.training.examples import Example
+from harli_appliance.training.examples import AnyExample, Example, PreferenceExample, TextExample
 
 
 class ChatEncoder(Protocol):
@@ -24,6 +24,8 @@ class ChatEncoder(Protocol):
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, generation_prompt: bool = True
     ) -> list[int]: ...
+
+    def encode_text(self, text: str) -> list[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +39,43 @@ class EncodedExample:
     def learned_tokens(self) -> int:
         return sum(self.learn[1:])
 
+    @property
+    def parts(self) -> tuple[EncodedExample, ...]:
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """A preference: two answers to one prompt. Both go into the same sequence."""
+
+    preferred: EncodedExample
+    other: EncodedExample
+
+    @property
+    def learned_tokens(self) -> int:
+        return self.preferred.learned_tokens + self.other.learned_tokens
+
+    @property
+    def parts(self) -> tuple[EncodedExample, ...]:
+        return (self.preferred, self.other)
+
+
+Encoded = EncodedExample | EncodedPair
+
+
+def size_of(item: Encoded) -> int:
+    """Tokens that an item takes in a sequence."""
+    return sum(len(part.tokens) for part in item.parts)
+
 
 @dataclass(frozen=True, slots=True)
 class PackedSequence:
     """Several examples one after the other; attention and positions stay within each.
 
-    All tensors are of shape [tokens]. `targets[t]` is the token to predict at t and `weights[t]` its weight in
-    the loss (0 at the last token of an example and wherever nothing is learned). `starts[t]` is the index at
-    which the example of token t begins.
+    `items` are the places that its members had among what was packed, in their order here. All tensors are of
+    shape [tokens]. `targets[t]` is the token to predict at t and `weights[t]` its weight in the loss (0 at the
+    last token of an example and wherever nothing is learned). `starts[t]` is the index at which the example of
+    token t begins.
     """
 
     tokens: Tensor
@@ -52,12 +83,34 @@ class PackedSequence:
     starts: Tensor
     targets: Tensor
     weights: Tensor
+    items: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def to(self, device: torch.device) -> PackedSequence:
-        return PackedSequence(*(getattr(self, name).to(device) for name in self.__slots__))
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            positions=self.positions.to(device),
+            starts=self.starts.to(device),
+            targets=self.targets.to(device),
+            weights=self.weights.to(device),
+        )
+
+
+def encode(example: AnyExample, encoder: ChatEncoder) -> Encoded:
+    """Tokens of an example of any format, and which of them are learned.
+
+    Raises:
+        UsageError: the chat template rewrites earlier turns, so that an assistant turn cannot be located.
+    """
+    if isinstance(example, TextExample):
+        tokens = tuple(encoder.encode_text(example.text))
+        return EncodedExample(tokens, (True,) * len(tokens))
+    if isinstance(example, PreferenceExample):
+        return EncodedPair(encode_example(example.preferred, encoder), encode_example(example.other, encoder))
+    return encode_example(example, encoder)
 
 
 def encode_example(example: Example, encoder: ChatEncoder) -> EncodedExample:
@@ -95,30 +148,30 @@ def examples_of_step(count: int, batch_size: int, seed: int, step: int) -> list[
     return order[batch * batch_size : (batch + 1) * batch_size]
 
 
-def pack(examples: Sequence[EncodedExample], sequence_tokens: int) -> list[PackedSequence]:
-    """First-fit packing; an example longer than `sequence_tokens` gets a sequence of its own."""
-    bins: list[list[EncodedExample]] = []
+def pack(items: Sequence[Encoded], sequence_tokens: int) -> list[PackedSequence]:
+    """First-fit packing; an item longer than `sequence_tokens` gets a sequence of its own."""
+    bins: list[list[int]] = []
     room: list[int] = []
-    for example in sorted(examples, key=lambda e: len(e.tokens), reverse=True):
-        size = len(example.tokens)
+    for item in sorted(range(len(items)), key=lambda i: size_of(items[i]), reverse=True):
+        size = size_of(items[item])
         for index, left in enumerate(room):
             if size <= left:
-                bins[index].append(example)
+                bins[index].append(item)
                 room[index] -= size
                 break
         else:
-            bins.append([example])
+            bins.append([item])
             room.append(sequence_tokens - size)
-    return [_sequence(members) for members in bins]
+    return [_sequence(items, members) for members in bins]
 
 
-def _sequence(members: Sequence[EncodedExample]) -> PackedSequence:
+def _sequence(items: Sequence[Encoded], members: Sequence[int]) -> PackedSequence:
     tokens: list[int] = []
     positions: list[int] = []
     starts: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
-    for example in members:
+    for example in (part for member in members for part in items[member].parts):
         size = len(example.tokens)
         starts += [len(tokens)] * size
         positions += range(size)
@@ -131,4 +184,5 @@ def _sequence(members: Sequence[EncodedExample]) -> PackedSequence:
         starts=torch.tensor(starts),
         targets=torch.tensor(targets),
         weights=torch.tensor(weights, dtype=torch.float32),
+        items=tuple(members),
     )

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from sqlite_utils import Database as Connection
 
-from harli_appliance.api.ports import FineTuning, Job, JobEvent, JobSpec
+from harli_appliance.api.ports import FineTuning, Job, JobEvent, JobSpec, StoredFile
 from harli_appliance.config import Settings
-from harli_appliance.errors import Conflict
+from harli_appliance.errors import Conflict, NotFound, UsageError
 from harli_appliance.schema import ENDED, JobStatus
 from harli_appliance.store import adapters as adapter_rows
 from harli_appliance.store import files as file_rows
@@ -27,6 +27,7 @@ from harli_appliance.store.database import Database
 from harli_appliance.training.dataset import CountTokens
 from harli_appliance.training.file_library import FileLibrary, one_line
 from harli_appliance.training.hyperparameters import adapter_name, check_priority, resolve
+from harli_appliance.training.validation import Standing
 
 STEP_EVENTS = 100
 """A job tells of about so many of its steps, however long it is; the row always has the last one."""
@@ -41,7 +42,7 @@ class JobQueue(FileLibrary, FineTuning):
         model: name of the served base model, the only one that can be finetuned.
         count_tokens: tells how long an example is; without it no length is checked.
         context_length: tokens that an example may have at most.
-        refuse_unfit: called in a thread of its own; raises when a job with this data could never run here.
+        refuse_unfit: called in a thread of its own; raises when a job with these files could never run here.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class JobQueue(FileLibrary, FineTuning):
         model: str,
         count_tokens: CountTokens | None = None,
         context_length: int | None = None,
-        refuse_unfit: Callable[[Job, Path], None] = lambda job, data: None,
+        refuse_unfit: Callable[[Job, Sequence[Path]], None] = lambda job, files: None,
     ) -> None:
         super().__init__(database, settings, count_tokens=count_tokens, context_length=context_length)
         self._model = model
@@ -78,11 +79,12 @@ class JobQueue(FileLibrary, FineTuning):
         return await self._to_the_end(self._create_job(job))
 
     async def _create_job(self, job: Job) -> Job:
-        await self._database.run(lambda db: file_rows.get_file(db, job.training_file, param="training_file"))
-        await asyncio.to_thread(self._refuse_unfit, job, await self.file_path(job.training_file))
+        await self._database.run(lambda db: _check_files(db, job))
+        names = [name for name in (job.training_file, job.validation_file) if name is not None]
+        await asyncio.to_thread(self._refuse_unfit, job, [await self.file_path(name) for name in names])
 
         def insert(db: Connection) -> Job:
-            file_rows.get_file(db, job.training_file, param="training_file")
+            _check_files(db, job)  # again: a file may have been deleted meanwhile
             created = job_rows.insert_job(db, job)
             job_rows.add_event(db, job.id, "info", f"Created fine-tuning job: {job.id}")
             return created
@@ -280,6 +282,28 @@ class JobQueue(FileLibrary, FineTuning):
 
         await self._database.run(keep)
 
+    async def evaluated(self, job_id: str, standing: Standing) -> None:
+        """Keep what the last evaluation of a running job has shown."""
+        loss = standing.loss if standing.loss is not None and math.isfinite(standing.loss) else None
+
+        def keep(db: Connection) -> None:
+            job = job_rows.update_running(db, job_id, valid_loss=loss, best_step=standing.best_step)
+            data: dict[str, float | int | str] = {"step": standing.step, "best_step": standing.best_step}
+            where = f"Step {standing.step}/{job.total_steps}"
+            if loss is None:
+                job_rows.add_event(db, job_id, "warn", f"{where}: no finite validation loss", data)
+                return
+            data["valid_loss"] = loss
+            verdict = "the best" if standing.stale == 0 else f"the best was step {standing.best_step}"
+            job_rows.add_event(db, job_id, "info", f"{where}: validation loss={loss:.4g}, {verdict}", data)
+            if 0 < job.early_stopping_patience <= standing.stale:
+                message = (
+                    f"No better in {standing.stale} evaluations: the job ends with step {standing.best_step}"
+                )
+                job_rows.add_event(db, job_id, "info", message)
+
+        await self._database.run(keep)
+
     async def event(
         self, job_id: str, level: job_rows.Level, message: str, data: job_rows.EventData | None = None
     ) -> JobEvent:
@@ -294,8 +318,14 @@ class JobQueue(FileLibrary, FineTuning):
         def end(db: Connection) -> Job:
             name = adapter_name(job_rows.get_job(db, job_id))
             job = job_rows.move_job(db, job_id, "succeeded", fine_tuned_model=name)
-            adapter_rows.insert_adapter(db, name, job_id, self._relative(adapter_path), rank)
+            place, alone = self._relative(adapter_path), job.download_only
+            adapter_rows.insert_adapter(db, name, job_id, place, rank, download_only=alone)
             job_rows.add_event(db, job_id, "info", f"New fine-tuned model created: {name}")
+            if alone:
+                message = (
+                    f"A {job.peft_method} adapter cannot be served; fetch it: harli jobs download {job_id}"
+                )
+                job_rows.add_event(db, job_id, "warn", message)
             job_rows.add_event(db, job_id, "info", "The job has successfully completed")
             return job
 
@@ -330,6 +360,29 @@ class JobQueue(FileLibrary, FineTuning):
         found = await self._database.run(adapter_rows.list_adapters)
         return [replace(adapter, path=self._settings.home / adapter.path) for adapter in found]
 
+    async def adapter_folder(self, job_id: str) -> Path:
+        """Where the adapter of a job lies.
+
+        Raises:
+            NotFound: there is no such job, or its adapter is gone.
+            Conflict: the job has made none.
+        """
+
+        def find(db: Connection) -> Path:
+            job = job_rows.get_job(db, job_id)
+            adapter = adapter_rows.adapter_of(db, job_id)
+            if adapter is None:
+                raise Conflict(
+                    f"job '{job_id}' is {job.status} and has no adapter; wait until it has succeeded",
+                    code="job_state",
+                )
+            return self._settings.home / adapter.path
+
+        folder = await self._database.run(find)
+        if not await asyncio.to_thread(folder.is_dir):
+            raise NotFound(f"the adapter of job '{job_id}' is gone from {folder}; run the job again")
+        return folder
+
     # -- inside --------------------------------------------------------------------------------------------
 
     def _ended(self, job: Job) -> Job:
@@ -355,3 +408,21 @@ def _move(db: Connection, job_id: str, status: JobStatus) -> Job:
 
 def _state(job: Job, rule: str) -> Conflict:
     return Conflict(f"job '{job.id}' is {job.status}; {rule}", code="job_state")
+
+
+def _check_files(db: Connection, job: Job) -> None:
+    """Raises: NotFound, UsageError: a file of the job is not there, or not of the format that its method reads."""
+    for param in ("training_file", "validation_file"):
+        if (file_id := getattr(job, param)) is not None:
+            _check_format(job, file_rows.get_file(db, file_id, param=param), param)
+
+
+def _check_format(job: Job, file: StoredFile, param: str) -> None:
+    """Raises: UsageError: the file is not of the format that the job's method learns from."""
+    if (job.method == "dpo") != (file.format == "preference"):
+        wanted = "preferences" if job.method == "dpo" else "chats or texts"
+        raise UsageError(
+            f"file '{file.id}' is of the format {file.format}, but the method {job.method} learns from {wanted}; "
+            "choose another file or method",
+            param=param,
+        )

@@ -13,7 +13,8 @@ from torch import Tensor
 from harli_appliance.training.activations import Buffers, footprint
 from harli_appliance.training.adapter import Adapter
 from harli_appliance.training.backbone import Backbone
-from harli_appliance.training.job_run import LOSS_TOKENS
+from harli_appliance.training.job_run import loss_tokens
+from harli_appliance.training.objectives import Likelihood
 from harli_appliance.training.packing import EncodedExample, pack
 from harli_appliance.training.units import MicroBatch
 
@@ -52,8 +53,8 @@ def rehearse(
             sequence,
             buffers=buffers,
             slots=slots,
-            normaliser=float(sequence_tokens),
-            loss_tokens=LOSS_TOKENS,
+            objective=Likelihood(float(sequence_tokens)),
+            loss_tokens=loss_tokens(window_tokens),
             dropout_key=0,
             gradients=gradients.__getitem__,
         )

@@ -29,6 +29,7 @@ from harli_appliance.training.job_run import JobRun
 from harli_appliance.training.residence import Residence, UnitLane
 from harli_appliance.training.swap import SwapPredictor
 from harli_appliance.training.units import WorkUnit
+from harli_appliance.training.validation import Standing
 
 T = TypeVar("T")
 
@@ -48,6 +49,7 @@ class JobSource(Protocol):
     async def progress(
         self, job_id: str, step: int, total_steps: int, trained_tokens: int, loss: float | None
     ) -> None: ...
+    async def evaluated(self, job_id: str, standing: Standing) -> None: ...
     def asked(self, job_id: str) -> Literal["pause", "cancel"] | None: ...
     async def stopped(self, job_id: str) -> Job: ...
     async def fail(self, job_id: str, code: str, message: str) -> Job: ...
@@ -72,7 +74,7 @@ class Trainer:
     """Runs up to `max_running` jobs at a time.
 
     Args:
-        start_job: builds the run of a job (adapter, data, optimizer); called on the training lane.
+        start_job: builds the run of a job (adapter, data, held-out data, optimizer); called on the training lane.
         finish_job: takes over the finished adapter (serving it, recording it) and ends the job.
         memory_lane: the inference lane, on which the pool may be asked for slots.
         on_change: called when training begins or ceases to have work, so that an idle engine looks again.
@@ -84,7 +86,7 @@ class Trainer:
         queue: JobSource,
         pool: SlotPool,
         *,
-        start_job: Callable[[Job, Path], JobRun],
+        start_job: Callable[[Job, Path, Path | None], JobRun],
         finish_job: Callable[[Job, JobRun], Awaitable[None]],
         order: Order,
         max_running: int,
@@ -200,7 +202,8 @@ class Trainer:
 
     async def _start(self, job: Job) -> None:
         path = await self._queue.file_path(job.training_file)
-        run = await self._home.run(self._start_job, job, path)
+        held_out = await self._queue.file_path(job.validation_file) if job.validation_file else None
+        run = await self._home.run(self._start_job, job, path, held_out)
         residence = Residence(
             run.state,
             self._pool,
@@ -277,7 +280,8 @@ class Trainer:
             self._order.charge(active.job.id, self._turn_ms)
 
     async def _turn(self, active: ActiveJob) -> None:
-        """The next micro-batch, and after the last one of a step the optimizer's; perhaps a checkpoint.
+        """The next micro-batch; after the last one the optimizer's step or an evaluation's verdict, perhaps a
+        checkpoint.
 
         It ends early when there is no room in the pool now, or serving took it back; the next turn goes on there.
         """
@@ -286,23 +290,31 @@ class Trainer:
             if not await self._micro_batch(active):
                 return
             active.index += 1
-        if run.step < run.total_steps and active.index == run.micro_batches():
-            if not await self._optimizer_step(active):
+        if not run.done and active.index == run.micro_batches():
+            evaluating = run.evaluating
+            if not await self._end_round(active):
                 return
             active.index = 0
-            if run.loss is not None:
-                self._on_step(run.loss)
-            await self._queue.progress(active.job.id, run.step, run.total_steps, run.trained_tokens, run.loss)
+            if evaluating:
+                await self._queue.evaluated(active.job.id, run.validation.standing)
+            else:
+                await self._tell_step(active)
             if run.checkpoint_due:
                 self._units_left, self._fusible_tokens = 1, 0
                 await self._permitted(active, lambda: True)
                 await self._execute(active, WorkUnit("step", run.checkpoint))
-        if run.step == run.total_steps:
+        if run.done:
             self._set_ready(False)
             await active.residence.leave()
             self._on_change()
             await self._finish_job(active.job, run)
             await self._leave(active.job.id)
+
+    async def _tell_step(self, active: ActiveJob) -> None:
+        run = active.run
+        if run.loss is not None:
+            self._on_step(run.loss)
+        await self._queue.progress(active.job.id, run.step, run.total_steps, run.trained_tokens, run.loss)
 
     async def _micro_batch(self, active: ActiveJob) -> bool:
         """One micro-batch to its end; False when there are no slots for it now, or serving took some back."""
@@ -329,7 +341,7 @@ class Trainer:
                     unit = batch.next_unit(self._window, run.layers) or unit
                 begun.spent_ms += await self._execute(active, unit)
                 begun.credited += unit.credit
-            await self._at_home(active, partial(run.finish, batch))
+            await self._at_home(active, partial(run.finish, index, batch))
             done = True
         finally:
             await self._ran_on.drain()  # nothing may still write to rows that become another's
@@ -350,13 +362,13 @@ class Trainer:
         self._swapped += 1
         active.unfinished = begun
 
-    async def _optimizer_step(self, active: ActiveJob) -> bool:
-        """False when there is no room for the adapter's state now."""
+    async def _end_round(self, active: ActiveJob) -> bool:
+        """The optimizer's step or an evaluation's verdict; False when there is no room for the adapter's state."""
         while await self._settled(active):
             self._units_left, self._fusible_tokens = 1, 0
             self._set_ready(True)
             if await self._permitted(active, lambda: active.residence.settled):
-                await self._execute(active, WorkUnit("step", active.run.optimizer_step))
+                await self._execute(active, WorkUnit("step", active.run.end_round))
                 return True
         return False
 

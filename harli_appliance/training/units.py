@@ -27,11 +27,12 @@ from torch import Tensor
 from harli_appliance.training.activations import Activations, Buffers
 from harli_appliance.training.adapter import Adapter
 from harli_appliance.training.backbone import Backbone
+from harli_appliance.training.cross_entropy import cross_entropy_
+from harli_appliance.training.objectives import Objective
 from harli_appliance.training.packing import PackedSequence
+from harli_appliance.training.recompute import left_out, unneeded, valued
 
-Stage = Literal["forward", "loss", "backward"]
 UnitKind = Literal["forward", "loss", "backward", "step"]
-STAGES: tuple[Stage, ...] = ("forward", "loss", "backward")
 Gradients = Callable[[int], Sequence[Tensor]]
 """A layer's gradients, one tensor for each of its trained parameters. They may lie elsewhere at the next unit."""
 
@@ -49,11 +50,26 @@ class WorkUnit:
     credit: float = 0.0
 
 
-class _Window:
-    """Stands in for transformers' cache during one piece: earlier keys and values in, new ones out."""
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """One way through the sequence: with the adapter or as the base model, for gradients or only to evaluate."""
 
-    def __init__(self, past: tuple[Tensor, Tensor] | None) -> None:
+    kind: Literal["forward", "loss", "backward"]
+    tuned: bool = True
+    learns: bool = True
+
+
+class _Window:
+    """Stands in for transformers' cache during one piece: earlier keys and values in, new ones out.
+
+    Args:
+        known: the window's own keys and values where they are known already; what the layer computes then only
+            carries their gradient.
+    """
+
+    def __init__(self, past: tuple[Tensor, Tensor] | None, known: tuple[Tensor, Tensor] | None) -> None:
         self._past = past
+        self._known = known
         self.keys: Tensor
         self.values: Tensor
 
@@ -61,6 +77,8 @@ class _Window:
         self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         self.keys, self.values = keys, values
+        if self._known is not None:
+            keys, values = valued(self._known[0], keys), valued(self._known[1], values)
         if self._past is None:
             return keys, values
         return torch.cat([self._past[0], keys], dim=2), torch.cat([self._past[1], values], dim=2)
@@ -72,13 +90,23 @@ class _Window:
 class MicroBatch:
     """One packed sequence on its way through forward, loss and backward.
 
+    An objective that compares with the base model sends it through forward and loss twice: first as the base, then
+    with the adapter.
+
     Args:
         buffers: K and V buffers, one [slots, kv_width] tensor a layer each.
         slots: leased slot indices, `footprint(...)`.slots of them.
-        normaliser: the loss is the weighted sum of token losses divided by this.
+        objective: what is minimised.
         loss_tokens: learned tokens of a loss piece; logits of that many tokens exist at a time.
-        dropout_key: draws the masks of the adapter's dropout, see `dropout.sequence_key`.
-        gradients: where each layer's gradients are added up; zero at the beginning.
+        dropout_key: draws the masks of the adapter's dropout, see `dropout.sequence_key`; None drops nothing.
+        gradients: where each layer's gradients are added up; zero at the beginning. None only evaluates: there is
+            no backward pass.
+        reference: log-probabilities of the base model where the objective compares with them, float64 of shape
+            [examples]; None lets units compute them.
+
+    Attributes:
+        loss: of the objective, once the loss units have run.
+        reference: as given or computed.
     """
 
     def __init__(
@@ -89,24 +117,28 @@ class MicroBatch:
         *,
         buffers: Buffers,
         slots: Tensor,
-        normaliser: float,
+        objective: Objective,
         loss_tokens: int,
-        dropout_key: int,
-        gradients: Gradients,
+        dropout_key: int | None,
+        gradients: Gradients | None,
+        reference: Tensor | None = None,
     ) -> None:
         self._backbone = backbone
         self._adapter = adapter
         self._sequence = sequence.to(backbone.device)
         self._starts: list[int] = sequence.starts.tolist()
         self._learned: list[int] = torch.nonzero(sequence.weights)[:, 0].tolist()
-        self._normaliser = normaliser
+        self._objective = objective
         self._loss_tokens = loss_tokens
         self._dropout_key = dropout_key
         self._rows = Activations(backbone, buffers, slots, len(sequence))
         self.tokens = len(sequence)
         self.loss = 0.0
+        self.reference = reference
         self._gradients = gradients
         self._swapped: list[Tensor] = []
+        self._log_probabilities = torch.zeros(0)
+        self._stages = _stages(objective.needs_reference and reference is None, learns=gradients is not None)
         self._enter(0)
 
     # -- the order of work -----------------------------------------------------------------------------
@@ -119,30 +151,41 @@ class MicroBatch:
             layers: consecutive pieces (one layer over one window each) that it runs, at least 1; a piece of a
                 loss unit is `loss_tokens` learned tokens. A unit ends with its stage.
         """
-        if self._at == len(STAGES):
+        if self._at == len(self._stages):
             return None
-        kind = STAGES[self._at]
+        kind = self._stages[self._at].kind
         credit = self._backward_credit(window, layers) if kind == "backward" else 0.0
         return WorkUnit(kind, partial(self._run, self._at, window, layers), credit)
 
     @property
     def fusible_tokens(self) -> int:
         """Tokens whose forward pass has not begun, where the next unit begins a forward window; else 0."""
-        begins = self._at < len(STAGES) and STAGES[self._at] == "forward" and self._layer == 0
+        begins = (
+            self._at < len(self._stages) and self._stages[self._at].kind == "forward" and self._layer == 0
+        )
         return self.tokens - self._from if begins else 0
 
     def units_left(self, window: int) -> int:
         """Units still to come when each is one piece, with windows of `window` tokens."""
-        if self._at == len(STAGES):
-            return 0
-        stage, layers, windows = STAGES[self._at], len(self._backbone.layers), -(-self.tokens // window)
-        if stage == "backward":
-            return self._layer * windows + -(-self._to // window)
-        learned = len(self._learned) - bisect_left(self._learned, self._from if stage == "loss" else 0)
-        left = max(1, -(-learned // self._loss_tokens)) + layers * windows
-        if stage == "forward":
-            left += layers * -(-(self.tokens - self._from) // window) - self._layer
-        return left
+        windows = -(-self.tokens // window)
+        return sum(
+            self._units_of(stage.kind, windows) if at else self._units_of_current(window)
+            for at, stage in enumerate(self._stages[self._at :])
+        )
+
+    def _units_of(self, kind: str, windows: int) -> int:
+        if kind == "loss":
+            return max(1, -(-len(self._learned) // self._loss_tokens))
+        return len(self._backbone.layers) * windows
+
+    def _units_of_current(self, window: int) -> int:
+        kind, layers = self._stages[self._at].kind, len(self._backbone.layers)
+        if kind == "backward":
+            return self._layer * -(-self.tokens // window) + -(-self._to // window)
+        if kind == "loss":
+            learned = len(self._learned) - bisect_left(self._learned, self._from)
+            return max(1, -(-learned // self._loss_tokens))
+        return layers * -(-(self.tokens - self._from) // window) - self._layer
 
     # -- moving away and back --------------------------------------------------------------------------
 
@@ -163,25 +206,27 @@ class MicroBatch:
     @property
     def _live_layers(self) -> int:
         """The first so many layers are still to be read; the others have gone backward."""
-        backward = self._at < len(STAGES) and STAGES[self._at] == "backward"
+        backward = self._at < len(self._stages) and self._stages[self._at].kind == "backward"
         return self._layer + 1 if backward else len(self._backbone.layers)
 
     def _enter(self, stage: int) -> None:
         self._at = stage
-        backward = stage < len(STAGES) and STAGES[stage] == "backward"
-        self._layer = len(self._backbone.layers) - 1 if backward else 0
+        kind = self._stages[stage].kind if stage < len(self._stages) else None
+        self._layer = len(self._backbone.layers) - 1 if kind == "backward" else 0
         self._from = 0
-        self._to = self.tokens if backward else 0
+        self._to = self.tokens if kind == "backward" else 0
+        if kind == "loss":
+            self._log_probabilities = torch.zeros(len(set(self._starts)), dtype=torch.float64)
 
     def _run(self, stage: int, window: int, pieces: int) -> None:
-        run: dict[Stage, Callable[[], None]] = {
+        run: dict[str, Callable[[], None]] = {
             "forward": partial(self._forward_piece, window),
             "loss": self._loss_piece,
             "backward": partial(self._backward_piece, window),
         }
         for _ in range(pieces):
             if self._at == stage:
-                run[STAGES[stage]]()
+                run[self._stages[stage].kind]()
 
     def _forward_piece(self, window: int) -> None:
         if self._layer == 0:
@@ -198,6 +243,7 @@ class MicroBatch:
         self._loss(self._from, stop)
         self._from = stop
         if stop == self.tokens:
+            self._settle()
             self._enter(self._at + 1)
 
     def _backward_piece(self, window: int) -> None:
@@ -233,38 +279,57 @@ class MicroBatch:
             self._rows.write_input(layer + 1, a, out)
 
     def _loss(self, a: int, b: int) -> None:
-        """Cross-entropy of tokens [a, b); their final hidden states are replaced by the gradient."""
+        """Log-probabilities of tokens [a, b). Where the stage learns, their final hidden states are replaced by
+        the gradient of the weighted sum of -log p, times the objective's scale of tokens."""
         final = self._rows.output_gradient(a, b)
         weights = self._sequence.weights[a:b]
         learned = weights != 0
-        gradient = torch.zeros_like(final)
+        learns = self._stages[self._at].learns
+        gradient = torch.zeros_like(final) if learns else None
         if learned.any():
-            hidden = final[learned].requires_grad_()
-            with torch.enable_grad():
-                logits = self._backbone.logits(hidden).float()
-                targets = self._sequence.targets[a:b][learned]
-                losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-                loss = (losses * weights[learned]).sum() / self._normaliser
-                (gradient[learned],) = torch.autograd.grad(loss, hidden)
-            self.loss += loss.item()
-        self._rows.write_output_gradient(a, gradient)
+            hidden, weights = final[learned].requires_grad_(learns), weights[learned]
+            with torch.set_grad_enabled(learns):
+                logits = self._backbone.logits(hidden)
+            by_logits = logits.detach().float()
+            scale = weights * self._objective.token_scale if learns else None
+            losses = weights * cross_entropy_(by_logits, self._sequence.targets[a:b][learned], scale)
+            if gradient is not None:
+                (gradient[learned],) = torch.autograd.grad(logits, hidden, by_logits.to(logits.dtype))
+            members = _members(self._sequence.starts)[a:b][learned].cpu()
+            self._log_probabilities.index_add_(0, members, -losses.double().cpu())
+        if gradient is not None:
+            self._rows.write_output_gradient(a, gradient)
+
+    def _settle(self) -> None:
+        """All log-probabilities are known: they are the reference, or give the loss and each example's factor."""
+        stage = self._stages[self._at]
+        if not stage.tuned:
+            self.reference = self._log_probabilities
+            return
+        verdict = self._objective.judge(self._log_probabilities, self.reference)
+        self.loss = verdict.loss
+        if verdict.factors is None or not stage.learns:
+            return
+        factors = verdict.factors.to(self._sequence.weights)[_members(self._sequence.starts)]
+        for a in range(0, self.tokens, self._loss_tokens):
+            b = min(a + self._loss_tokens, self.tokens)
+            self._rows.write_output_gradient(a, self._rows.output_gradient(a, b) * factors[a:b, None])
 
     def _backward(self, layer: int, a: int, b: int) -> None:
         if b == self.tokens:  # first piece of this layer: nothing has attended to its keys and values yet
             self._rows.clear_kv_gradients()
-        parameters = self._adapter.parameters(layer)
         hidden = self._layer_input(layer, a, b).requires_grad_()
         past = self._past(layer, a)
         leaves = [hidden]
         if past is not None:
             leaves += [past[0].requires_grad_(), past[1].requires_grad_()]
-        with torch.enable_grad():
-            out, cache = self._run_layer(layer, hidden, past, a, b)
-            gradients = torch.autograd.grad(
-                [out, cache.keys, cache.values],
-                [*leaves, *parameters],
-                [self._rows.output_gradient(a, b), *self._rows.kv_gradients(a, b)],
-            )
+        with torch.enable_grad(), left_out(unneeded(self._backbone.layers[layer])):
+            out, cache = self._run_layer(layer, hidden, past, a, b, self._rows.kv(layer, a, b))
+        gradients = torch.autograd.grad(
+            [out, cache.keys, cache.values],
+            [*leaves, *self._adapter.parameters(layer)],
+            [self._rows.output_gradient(a, b), *self._rows.kv_gradients(a, b)],
+        )
         if layer > 0:
             self._rows.write_output_gradient(a, gradients[0])
         if past is not None:
@@ -272,18 +337,25 @@ class MicroBatch:
         self._accumulate(layer, gradients[len(leaves) :])
 
     def _accumulate(self, layer: int, gradients: Sequence[Tensor]) -> None:
+        assert self._gradients is not None  # noqa: S101 - or there is no backward stage
         for total, gradient in zip(self._gradients(layer), gradients, strict=True):
             total.add_(gradient)
 
     # -- parts of pieces -------------------------------------------------------------------------------
 
     def _run_layer(
-        self, layer: int, hidden: Tensor, past: tuple[Tensor, Tensor] | None, a: int, b: int
+        self,
+        layer: int,
+        hidden: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+        a: int,
+        b: int,
+        known: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, _Window]:
-        cache = _Window(past)
+        cache = _Window(past, known)
         # Drawn up again in every unit: kept, it would be memory outside the pool for every token.
         cos, sin = self._backbone.rotary(self._sequence.positions[a:b])[layer]
-        with self._adapter.dropping(self._dropout_key, a, b):
+        with self._adapter.applied(layer, self._stages[self._at].tuned, self._dropout_key, a, b):
             out: Any = self._backbone.layers[layer](
                 hidden[None],
                 attention_mask=self._mask(layer, a, b),
@@ -319,3 +391,19 @@ class MicroBatch:
         if layer == 0:  # an embedding is cheaper to look up again than to keep
             return self._backbone.embed(self._sequence.tokens[a:b]).detach()
         return self._rows.input(layer, a, b)
+
+
+def _stages(reference: bool, learns: bool) -> list[_Stage]:
+    """Args: reference, whether the base model's log-probabilities are computed first."""
+    stages = [_Stage("forward", learns=learns), _Stage("loss", learns=learns)]
+    if learns:
+        stages.append(_Stage("backward"))
+    if reference:
+        stages[:0] = [_Stage("forward", tuned=False, learns=False), _Stage("loss", tuned=False, learns=False)]
+    return stages
+
+
+def _members(starts: Tensor) -> Tensor:
+    """For each token the number of its example in the sequence; int64 of shape [tokens]."""
+    begins = (starts[1:] != starts[:-1]).long()
+    return torch.nn.functional.pad(begins.cumsum(0), (1, 0))
