@@ -73,6 +73,9 @@ class Slots:
 class Batch:
     """Three units of one micro-batch."""
 
+    fusible_tokens = 0
+    swap_bytes = 1 << 40  # too many to be copied anywhere
+
     def __init__(self, device: Device) -> None:
         self._device = device
         self.left = 3
@@ -96,7 +99,7 @@ def fake_run(device: Device) -> Any:
 
     run = SimpleNamespace(
         job=SimpleNamespace(id="job"),
-        state=SimpleNamespace(slots=5, place=lambda slots: None, park=lambda: None),
+        state=SimpleNamespace(slots=5, bytes=0, place=lambda slots: None, park=lambda: None),
         step=0,
         total_steps=1,
         trained_tokens=0,
