@@ -266,7 +266,7 @@ class Storm:
             elif chance > 0.98:
                 batch = self._run.begin(index, self._elsewhere(count))
                 self._happened["dropped"] += 1
-        self._run.finish(batch)
+        self._run.finish(index, batch)
 
 
 def test_every_micro_batch_draws_its_own_masks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
