@@ -236,7 +236,7 @@ async def test_every_size_shows_latency_memory_and_a_job(port: FakeAppliance, si
         assert "Serving 33.4" in shown(app)
         assert app.screen.has_class("-compact") == (size[0] < 100)
         if size[1] >= 24:
-            assert "ftjob-run" in shown(app)
+            await until(pilot, lambda: "ftjob-run" in shown(app))
             for panel in app.query(".panel"):
                 assert panel.region.bottom < size[1], panel
 
