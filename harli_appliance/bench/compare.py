@@ -24,7 +24,7 @@ from harli_appliance.bench.compare_store import CompareStore
 from harli_appliance.bench.demo import INTERRUPTED, as_interrupt
 from harli_appliance.bench.engine_process import fetch_model, scratch_home, work_in_engine
 from harli_appliance.bench.exact_prompts import Prompts
-from harli_appliance.bench.progress import Narrator, Steps
+from harli_appliance.bench.progress import Narrator, Steps, tell_failure
 from harli_appliance.bench.session import Tell
 from harli_appliance.client import HarliClient
 from harli_appliance.config import Settings, load_settings
@@ -70,9 +70,7 @@ def run(
         errors.print(f"interrupted; go on with: {typed} --resume", markup=False, soft_wrap=True)
         return INTERRUPTED
     except HarliError as error:
-        for line in (f"error: {error.message}", *getattr(error, "__notes__", ())):
-            errors.print(line, markup=False, highlight=False, soft_wrap=True)
-        return error.exit_code
+        return tell_failure(errors, error)
     finally:
         signal.signal(signal.SIGTERM, previous)
     if json_output:

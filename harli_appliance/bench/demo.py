@@ -24,7 +24,7 @@ from harli_appliance.bench.child import SERVE, start_appliance, unless_it_dies
 from harli_appliance.bench.demo_report import build_page, build_report, print_summary
 from harli_appliance.bench.demo_run import DemoPlan, DemoRun, Measurements
 from harli_appliance.bench.machine import describe_machine
-from harli_appliance.bench.progress import Narrator
+from harli_appliance.bench.progress import Narrator, tell_failure
 from harli_appliance.bench.report import write_report
 from harli_appliance.client import HarliClient
 from harli_appliance.config import Settings, load_settings
@@ -65,9 +65,7 @@ def run(
         errors.print("interrupted; the appliance is stopped")
         return INTERRUPTED
     except HarliError as error:
-        for line in (f"error: {error.message}", *getattr(error, "__notes__", ())):
-            errors.print(line, markup=False, highlight=False, soft_wrap=True)
-        return error.exit_code
+        return tell_failure(errors, error)
     finally:
         signal.signal(signal.SIGTERM, previous)
     if json_output:

@@ -13,7 +13,7 @@ from rich.console import Console
 from harli_appliance.bench.compare_plan import ComparePlan
 from harli_appliance.bench.demo import INTERRUPTED
 from harli_appliance.bench.engine_process import fetch_model, scratch_home, work_in_engine
-from harli_appliance.bench.progress import Narrator, Steps
+from harli_appliance.bench.progress import Narrator, Steps, tell_failure
 from harli_appliance.config import Settings, load_settings
 from harli_appliance.errors import ConfigError, HarliError
 
@@ -64,9 +64,7 @@ def measure_in_engine(
         errors.print("interrupted; the engine is stopped")
         return INTERRUPTED
     except HarliError as error:
-        for line in (f"error: {error.message}", *getattr(error, "__notes__", ())):
-            errors.print(line, markup=False, highlight=False, soft_wrap=True)
-        return error.exit_code
+        return tell_failure(errors, error)
     path = out / f"{kind}.json"
     path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if json_output:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from harli_appliance.bench.progress import tell_failure
 from harli_appliance.errors import HarliError
 
 
@@ -62,9 +63,7 @@ def told(
     try:
         report = measure(errors)
     except HarliError as error:
-        for line in (f"error: {error.message}", *getattr(error, "__notes__", ())):
-            errors.print(line, markup=False, highlight=False, soft_wrap=True)
-        return error.exit_code
+        return tell_failure(errors, error)
     if json_output:
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:

@@ -10,7 +10,16 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from harli_appliance.errors import HarliError
+
 _PLAIN_EVERY_S = 15.0
+
+
+def tell_failure(errors: Console, error: HarliError) -> int:
+    """Say why a run ended, with the error's notes; returns its exit code."""
+    for line in (f"error: {error.message}", *getattr(error, "__notes__", ())):
+        errors.print(line, markup=False, highlight=False, soft_wrap=True)
+    return error.exit_code
 
 
 class Step:
