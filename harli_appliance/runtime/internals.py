@@ -38,7 +38,8 @@ NAMES = {
         "RMSNorm.forward_native RMSNorm.hidden_size RMSNorm.variance_epsilon "
         "RMSNorm.variance_size_override RMSNorm.override_orig_dtype"
     ),
-    "sglang.srt.layers.quantization.unquant": "UnquantizedLinearMethod.apply",
+    "sglang.srt.layers.logits_processor": "should_apply_lm_head_quant_method",
+    "sglang.srt.layers.quantization.unquant": "UnquantizedEmbeddingMethod.apply UnquantizedLinearMethod.apply",
     "sglang.srt.layers.radix_attention": (
         "AttentionType.DECODER RadixAttention.layer_id RadixAttention.is_cross_attention "
         "RadixAttention.attn_type RadixAttention.qk_head_dim RadixAttention.v_head_dim "

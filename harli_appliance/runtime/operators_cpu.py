@@ -2,7 +2,8 @@
 
 Where SGLang has no kernel for a machine, its operators are written for clarity: casts that change nothing, K and Q
 rotated one after the other in a dozen calls, adapters asked about in every projection. On a batch of small rows
-these calls cost more than the arithmetic. What stands here computes the same numbers, bit for bit in float32.
+these calls cost more than the arithmetic. What stands here computes the same numbers, bit for bit in float32, but
+for projections of a few rows (`projections_cpu`).
 
 Two places of SGLang's own are used. An operator (``BaseFusedOp``) keeps the implementation that it dispatches to
 in ``_forward_method``, which SGLang itself presets where it wants a special one. A LoRA layer is an ordinary
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from sglang.kernels.fused_op import BaseFusedOp
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.lora.layers import (
     BaseLayerWithLoRA,
@@ -26,15 +26,17 @@ from sglang.srt.lora.layers import (
     QKVParallelLinearWithLoRA,
     RowParallelLinearWithLoRA,
 )
-from sglang.srt.utils import use_intel_amx_backend
 from torch import Tensor, nn
-from torch.nn.functional import linear
+
+from harli_appliance.runtime import projections_cpu
+from harli_appliance.runtime.projections_cpu import FewRowsLinear, project
 
 LORA_LINEARS = (MergedColumnParallelLinearWithLoRA, QKVParallelLinearWithLoRA, RowParallelLinearWithLoRA)
 
 
 def install(model: nn.Module) -> None:
     """Change the layers of a model that SGLang has loaded, after its LoRA layers have been put in."""
+    projections_cpu.install(model)
     for module in model.modules():
         _find_at_once(module)
         if isinstance(module, BaseFusedOp):
@@ -76,12 +78,7 @@ def _rotates_plainly(rotary: Any) -> bool:
 
 def _projects_plainly(layer: Any) -> bool:
     base = layer.base_layer
-    return (
-        type(base.quant_method) is UnquantizedLinearMethod
-        and not use_intel_amx_backend(base)
-        and base.tp_size == 1
-        and not base.skip_bias_add
-    )
+    return type(base.quant_method) is FewRowsLinear and base.tp_size == 1 and not base.skip_bias_add
 
 
 class FusedNorm:
@@ -176,11 +173,12 @@ class BareProjection:
         self._backend = layer.lora_backend
         self._weight: Tensor = base.weight
         self._bias: Tensor | None = base.bias
+        self._columns: frozenset[int] = base.quant_method.columns
         self._with_adapters: Callable[..., tuple[Tensor, Tensor | None]] = layer.forward
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Output and, as SGLang's linear layers do, the bias that is left to the caller, which is none."""
         batch = self._backend.get_batch_info()
         if batch is None or not batch.has_active_lora:
-            return linear(x, self._weight, self._bias), None
+            return project(x, self._weight, self._bias, self._columns), None
         return self._with_adapters(x, *args, **kwargs)
