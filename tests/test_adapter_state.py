@@ -33,9 +33,8 @@ class Rig:
     def batch(self, seed: int) -> None:
         """One micro-batch of made-up gradients, in two pieces a layer."""
         generator = torch.Generator().manual_seed(seed)
-        self.state.begin_batch()
         for layer in range(len(self.layers)):
-            for total in self.state.batch_gradients(layer):
+            for total in self.state.gradients(layer):
                 total.add_(torch.randn(total.shape, generator=generator))
 
     def step(self) -> None:
@@ -73,8 +72,6 @@ def test_moving_at_any_moment_changes_no_bit(reference: Any) -> None:
             calm.batch(10 * step + micro)
             moved.batch(10 * step + micro)
             move()
-            calm.state.add_batch()
-            moved.state.add_batch()
         move()
         calm.step()
         moved.step()
@@ -87,7 +84,6 @@ def test_a_placed_state_lies_in_its_slots_and_nowhere_else(rig: Rig) -> None:
     rig.place(100)
     assert rig.state.placed
     rig.batch(1)
-    rig.state.add_batch()
     rig.step()
     storages = {buffer.untyped_storage().data_ptr() for buffer in rig.buffers}
     for parameter in rig.adapter.parameters():
@@ -108,7 +104,6 @@ def test_a_placed_state_lies_in_its_slots_and_nowhere_else(rig: Rig) -> None:
 
 def test_the_model_computes_the_same_wherever_its_adapter_lies(rig: Rig) -> None:
     rig.batch(1)
-    rig.state.add_batch()
     rig.step()
     tokens = torch.arange(6, 60)[None]
     with torch.no_grad():
@@ -120,14 +115,13 @@ def test_the_model_computes_the_same_wherever_its_adapter_lies(rig: Rig) -> None
             assert torch.equal(placed, parked)
 
 
-def test_an_unfinished_batch_leaves_nothing_behind(reference: Any) -> None:
+def test_a_step_begun_again_has_nothing_left_behind(reference: Any) -> None:
     rig, other = Rig(reference), Rig(reference)
     rig.batch(1)
+    rig.state.begin_step()
     rig.batch(2)
-    rig.state.add_batch()
     found = rig.everything()
     other.batch(2)
-    other.state.add_batch()
     assert all(torch.equal(a, b) for a, b in zip(found, other.everything(), strict=True))
 
 
@@ -135,7 +129,6 @@ def test_a_checkpoint_is_taken_over_whole(reference: Any) -> None:
     first, second = Rig(reference), Rig(reference)
     first.place(30)
     first.batch(3)
-    first.state.add_batch()
     first.step()
     saved = {name: tensor.clone() for name, tensor in first.state.tensors().items()}
     second.place(200)

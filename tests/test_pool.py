@@ -32,9 +32,7 @@ class Trained:
 
     def train(self, seed: int) -> None:
         gradient = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed))
-        self.state.begin_batch()
-        self.state.batch_gradients(0)[0].add_(gradient)
-        self.state.add_batch()
+        self.state.gradients(0)[0].add_(gradient)
         self._there.grad = gradient
         for optimizer in self._optimizers:
             optimizer.step()

@@ -60,14 +60,17 @@ class Bench:
         (folder,) = (self._home / source).glob(f"*/step-{step:06d}")
         shutil.copytree(folder, self._home / target / folder.parent.name / folder.name)
 
-    def step(self, run: JobRun, kinds: list[str] | None = None) -> float:
-        for index in range(run.micro_batches()):
-            batch = run.begin(index, torch.arange(run.slots_of(index)))
-            while (unit := batch.next_unit(run.window_tokens, layers=1)) is not None:
-                unit.run()
-                if kinds is not None:
-                    kinds.append(unit.kind)
-            run.finish(index, batch)
+    def micro_batch(self, run: JobRun, index: int, kinds: list[str] | None = None) -> None:
+        batch = run.begin(index, torch.arange(run.slots_of(index)))
+        while (unit := batch.next_unit(run.window_tokens, layers=1)) is not None:
+            unit.run()
+            if kinds is not None:
+                kinds.append(unit.kind)
+        run.finish(index, batch)
+
+    def step(self, run: JobRun, kinds: list[str] | None = None, begin: int = 0) -> float:
+        for index in range(begin, run.micro_batches()):
+            self.micro_batch(run, index, kinds)
         run.end_round()
         assert run.loss is not None
         return run.loss
@@ -159,10 +162,7 @@ def test_pausing_in_the_middle_of_a_step_keeps_the_steps_before_it(bench: Bench)
     first = bench.run("paused")
     found = [bench.step(first), bench.step(first)]
     assert first.has_unkept_steps
-    batch = first.begin(0, torch.arange(first.slots_of(0)))
-    while (unit := batch.next_unit(first.window_tokens, layers=1)) is not None:
-        unit.run()
-    first.finish(0, batch)  # its gradients are lost with the pause, and must not be counted either
+    bench.micro_batch(first, 0)  # its gradients are lost with the pause, and must not be counted either
     first.checkpoint()
     assert not first.has_unkept_steps
     first.close()
@@ -175,19 +175,28 @@ def test_pausing_in_the_middle_of_a_step_keeps_the_steps_before_it(bench: Bench)
     second.close()
 
 
-def test_a_dropped_micro_batch_leaves_no_trace(bench: Bench) -> None:
+@pytest.mark.parametrize(("last", "again_from"), [("forward", 1), ("loss", 1), ("backward", 0)])
+def test_a_dropped_micro_batch_leaves_no_trace(bench: Bench, last: str, again_from: int) -> None:
+    """Dropped before it adds to the step's gradients it begins again alone, after that the step does."""
     calm = bench.run("calm", dropout=0.3)
+    assert calm.micro_batches() > 1
     wanted = [bench.step(calm) for _ in range(3)]
     calm.close()
     disturbed = bench.run("disturbed", dropout=0.3)
     found = []
     for _ in range(3):
-        batch = disturbed.begin(0, torch.arange(disturbed.slots_of(0)))
-        for _ in range(25):
-            unit = batch.next_unit(disturbed.window_tokens, layers=1)
-            assert unit is not None
+        bench.micro_batch(disturbed, 0)
+        batch = disturbed.begin(1, torch.arange(disturbed.slots_of(1)))
+        while (unit := batch.next_unit(disturbed.window_tokens, layers=1)) is not None:
+            before = unit.kind == "backward" and last != "backward"
+            if before or (unit.kind == "loss" and last == "forward"):
+                break
             unit.run()
-        found.append(bench.step(disturbed))
+            if unit.kind == last == "backward":
+                break
+        begin = disturbed.drop(1, batch)
+        assert begin == again_from
+        found.append(bench.step(disturbed, begin=begin))
     disturbed.close()
     assert found == wanted
 
@@ -204,8 +213,9 @@ def test_a_job_that_is_preempted_at_random_is_the_undisturbed_one(bench: Bench, 
     disturbed = bench.run("disturbed", dropout=0.3)
     storm = Storm(bench, disturbed, random.Random(seed), happened)
     for _ in range(STEPS):
-        for index in range(disturbed.micro_batches()):
-            storm.micro_batch(index)
+        index = 0
+        while index < disturbed.micro_batches():
+            index = storm.micro_batch(index)
         storm.maybe_move()
         disturbed.optimizer_step()
         assert disturbed.loss is not None
@@ -252,7 +262,8 @@ class Storm:
             self._run.state.place(torch.arange(first, first + self._state))
             self._happened["placed"] += 1
 
-    def micro_batch(self, index: int) -> None:
+    def micro_batch(self, index: int) -> int:
+        """The index of the one to begin next."""
         count = self._run.slots_of(index)
         batch = self._run.begin(index, self._elsewhere(count))
         while (unit := batch.next_unit(self._run.window_tokens, layers=1)) is not None:
@@ -264,9 +275,10 @@ class Storm:
                 batch.swap_in(self._elsewhere(count))
                 self._happened[f"swapped {unit.kind}"] += 1
             elif chance > 0.98:
-                batch = self._run.begin(index, self._elsewhere(count))
                 self._happened["dropped"] += 1
+                return self._run.drop(index, batch)
         self._run.finish(index, batch)
+        return index + 1
 
 
 def test_every_micro_batch_draws_its_own_masks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

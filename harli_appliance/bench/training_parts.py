@@ -67,7 +67,6 @@ class Units:
         self._state = AdapterState(layers, self._optimizer, [*keys, *values])
 
     def step(self) -> float:
-        self._state.begin_batch()
         batch = MicroBatch(
             self._backbone,
             self._adapter,
@@ -77,11 +76,10 @@ class Units:
             objective=Likelihood(float(self._sequence.weights.sum())),
             loss_tokens=LOSS_TOKENS,
             dropout_key=0,
-            gradients=self._state.batch_gradients,
+            gradients=self._state.gradients,
         )
         while (unit := batch.next_unit(self._window, layers=1)) is not None:
             unit.run()
-        self._state.add_batch()
         self._optimizer.step()
         self._state.begin_step()
         return batch.loss

@@ -6,7 +6,7 @@ Lives on the event loop. Knows nothing of the other jobs.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from harli_appliance.api.ports import Job
 from harli_appliance.training.job_run import JobRun
@@ -32,17 +32,27 @@ class RunningJob:
 
 
 @dataclass(slots=True)
-class Unfinished:
-    """A micro-batch on its way.
+class Spent:
+    """What would be done again.
 
     Attributes:
-        spent_ms: what its units took so far.
+        took_ms: time of the units that ran.
         credited: trained tokens that they counted for.
     """
 
-    batch: MicroBatch
-    spent_ms: float = 0.0
+    took_ms: float = 0.0
     credited: float = 0.0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.took_ms + other.took_ms, self.credited + other.credited)
+
+
+@dataclass(slots=True)
+class Unfinished:
+    """A micro-batch on its way."""
+
+    batch: MicroBatch
+    spent: Spent = field(default_factory=Spent)
 
 
 class ActiveJob:
@@ -52,6 +62,8 @@ class ActiveJob:
         self.residence = residence
         self.index = 0
         """Of the next micro-batch; one past the last when the optimizer's step is next."""
+        self.spent = Spent()
+        """On the micro-batches of the step under way that are complete."""
         self.unfinished: Unfinished | None = None
         """What the next turn goes on with; it lies in host memory."""
         self._blocked_until = 0.0

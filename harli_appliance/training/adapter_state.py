@@ -1,7 +1,7 @@
 """What a job keeps of its adapter between units: weights, gradients and AdamW's moments, in slots or on the host.
 
-Per trained parameter five tensors of its shape: the value, the gradient of the optimizer step so far, the
-gradient of the micro-batch in flight, and AdamW's two moments. *Placed*, all of them are views of consecutive
+Per trained parameter four tensors of its shape: the value, the gradient of the optimizer step so far, and AdamW's
+two moments. *Placed*, all of them are views of consecutive
 leased slots of the KV buffers; *parked*, they are ordinary host memory. Moving copies bytes and changes no number,
 and whoever holds the parameters or the optimizer notices nothing. Knows tensors and arenas; does not know leases,
 nor when to move.
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from harli_appliance.memory.arena import Arena, Form, slots_for
 
-PER_PARAMETER = 5
-"""value, gradient, batch gradient, exp_avg, exp_avg_sq"""
+PER_PARAMETER = 4
+"""value, gradient, exp_avg, exp_avg_sq"""
 
 
 class AdapterState:
@@ -87,10 +87,8 @@ class AdapterState:
 
     def _use(self, tensors: list[Tensor]) -> None:
         count = len(self._parameters)
-        values, gradients, self._batch, first, second = (
-            tensors[at : at + count] for at in range(0, len(tensors), count)
-        )
-        self._tensors, self._step_gradients = tensors, gradients
+        values, gradients, first, second = (tensors[at : at + count] for at in range(0, len(tensors), count))
+        self._tensors, self._gradients = tensors, gradients
         for index, parameter in enumerate(self._parameters):
             parameter.grad = None
             parameter.data = values[index]
@@ -103,23 +101,13 @@ class AdapterState:
 
     # -- gradients -------------------------------------------------------------------------------------------
 
-    def batch_gradients(self, layer: int) -> list[Tensor]:
-        """Of the micro-batch in flight, for the parameters of one layer. Ask again after a move."""
-        return self._batch[self._layer_starts[layer] : self._layer_starts[layer + 1]]
-
-    def begin_batch(self) -> None:
-        """Forget what a micro-batch before has left."""
-        for gradient in self._batch:
-            gradient.zero_()
-
-    def add_batch(self) -> None:
-        """Add the gradients of a complete micro-batch to those of the step, which are `parameter.grad`."""
-        for total, gradient in zip(self._step_gradients, self._batch, strict=True):
-            total.add_(gradient)
+    def gradients(self, layer: int) -> list[Tensor]:
+        """Of the optimizer step so far, for the parameters of one layer: their `grad`. Ask again after a move."""
+        return self._gradients[self._layer_starts[layer] : self._layer_starts[layer + 1]]
 
     def begin_step(self) -> None:
-        """Set the gradients of the step to zero."""
-        for gradient in self._step_gradients:
+        """Set the gradients to zero."""
+        for gradient in self._gradients:
             gradient.zero_()
 
     # -- checkpoints -----------------------------------------------------------------------------------------

@@ -197,8 +197,7 @@ class JobRun:
         return footprint(self._backbone, len(self._packs[index])).slots
 
     def begin(self, index: int, slots: Tensor) -> MicroBatch:
-        """Start a micro-batch; what one before it has left unfinished is forgotten."""
-        self.state.begin_batch()
+        """Start a micro-batch; its backward units add to the gradients of the step."""
         known = self._references[self._pairs_of(index)] if self.job.method == "dpo" else None
         return MicroBatch(
             self._backbone,
@@ -209,18 +208,27 @@ class JobRun:
             objective=self._objective,
             loss_tokens=loss_tokens(self.window_tokens),
             dropout_key=None if self.evaluating else sequence_key(self.job.seed, self.step, index),
-            gradients=None if self.evaluating else self.state.batch_gradients,
+            gradients=None if self.evaluating else self.state.gradients,
             reference=None if known is None or known.isnan().any() else known.flatten(),
         )
 
     def finish(self, index: int, batch: MicroBatch) -> None:
-        """Add a complete micro-batch's gradients to the step's; an incomplete one leaves no trace."""
+        """Count a complete micro-batch."""
         self._step_loss += batch.loss
         if batch.reference is not None:
             self._references[self._pairs_of(index)] = batch.reference.view(-1, 2)
         if not self.evaluating:
-            self.state.add_batch()
             self._step_tokens += batch.tokens
+
+    def drop(self, index: int, batch: MicroBatch) -> int:
+        """Forget an incomplete micro-batch; the index of the one to begin next. It is the step's first when the
+        gradients of this one were added to the step's already."""
+        if not batch.has_added:
+            return index
+        self.state.begin_step()
+        self._step_loss = 0.0
+        self._step_tokens = 0
+        return 0
 
     # -- steps ---------------------------------------------------------------------------------------------
 

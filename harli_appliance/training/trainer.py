@@ -23,7 +23,7 @@ from harli_appliance.api.ports import Job
 from harli_appliance.errors import HarliError
 from harli_appliance.memory.pool import Lease, SlotPool
 from harli_appliance.scheduling.types import Outlook
-from harli_appliance.training.active_job import ActiveJob, RunningJob, Unfinished
+from harli_appliance.training.active_job import ActiveJob, RunningJob, Spent, Unfinished
 from harli_appliance.training.fairness import Order, RecentShares
 from harli_appliance.training.job_run import JobRun
 from harli_appliance.training.residence import Residence, UnitLane
@@ -253,8 +253,9 @@ class Trainer:
         except Exception:
             log.exception("the state of an ended job could not be parked", job=job_id)
         active.run.close()
+        self._tokens -= active.spent.credited  # a step under way is made again, if at all
         if active.unfinished is not None:
-            self._tokens -= active.unfinished.credited
+            self._tokens -= active.unfinished.spent.credited
         self._on_change()  # the engine settles what came back, also while nothing is served
 
     async def _stop(self, job: Job) -> None:
@@ -294,7 +295,7 @@ class Trainer:
             evaluating = run.evaluating
             if not await self._end_round(active):
                 return
-            active.index = 0
+            active.index, active.spent = 0, Spent()
             if evaluating:
                 await self._queue.evaluated(active.job.id, run.validation.standing)
             else:
@@ -339,26 +340,31 @@ class Trainer:
                     return False
                 if self._window is not None and batch.fusible_tokens:  # not run yet: it may be cut anew
                     unit = batch.next_unit(self._window, run.layers) or unit
-                begun.spent_ms += await self._execute(active, unit)
-                begun.credited += unit.credit
+                begun.spent += Spent(await self._execute(active, unit), unit.credit)
             await self._at_home(active, partial(run.finish, index, batch))
+            active.spent += begun.spent
             done = True
         finally:
             await self._ran_on.drain()  # nothing may still write to rows that become another's
             lease.release()
             if begun is not None and not done and active.unfinished is None:
-                self._tokens -= begun.credited
+                self._tokens -= begun.spent.credited
         return True
 
     async def _swap_or_drop(self, active: ActiveJob, begun: Unfinished) -> None:
         """Copy a micro-batch away so that a later turn goes on with it, if that is predicted to cost less than
-        doing it again."""
-        size = begun.batch.swap_bytes
+        doing it again: with the step's others, once its gradients are among theirs."""
+        run, batch, size = active.run, begun.batch, begun.batch.swap_bytes
+        again = begun.spent + active.spent if batch.has_added else begun.spent
         slowest = max((took for kind, took in self._unit_ms.items() if kind != "step"), default=0.0)
-        if not self._swapping.swaps(size, spent_ms=begun.spent_ms, unit_ms=slowest):
+        if not self._swapping.swaps(size, spent_ms=again.took_ms, unit_ms=slowest):
             self._dropped += 1
+            index = await self._at_home(active, partial(run.drop, active.index, batch))
+            if index < active.index:
+                self._tokens -= active.spent.credited
+                active.index, active.spent = index, Spent()
             return
-        self._swapping.copied(size, await self._at_home(active, partial(_timed_ms, begun.batch.swap_out)))
+        self._swapping.copied(size, await self._at_home(active, partial(_timed_ms, batch.swap_out)))
         self._swapped += 1
         active.unfinished = begun
 

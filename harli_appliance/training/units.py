@@ -165,6 +165,16 @@ class MicroBatch:
         )
         return self.tokens - self._from if begins else 0
 
+    @property
+    def has_added(self) -> bool:
+        """Whether gradients of it were added up already."""
+        if self._gradients is None:
+            return False
+        if self._at == len(self._stages):
+            return True
+        begins = self._layer == len(self._backbone.layers) - 1 and self._to == self.tokens
+        return self._stages[self._at].kind == "backward" and not begins
+
     def units_left(self, window: int) -> int:
         """Units still to come when each is one piece, with windows of `window` tokens."""
         windows = -(-self.tokens // window)
