@@ -34,6 +34,7 @@ def test_policies_are_compared_on_real_sglang(
         shortest_rung_s=0.5,
         longest_rung_s=0.5,
         most_rungs=1,
+        min_output_tokens=2,
         max_output_tokens=8,
         sequence_tokens=64,
     )

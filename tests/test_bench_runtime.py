@@ -32,6 +32,10 @@ TINY = {
 SMOLLM2 = {
     "attention": {"ours": 150.0, "torch_native": 210.0, "speedup": 1.4},
     "attention_short": {"ours": 100.0, "torch_native": 120.0, "speedup": 1.2},
+    "few": {
+        "1": {"ours_ms": 40.0, "sglang_ms": 60.0, "speedup": 1.5},
+        "4": {"ours_ms": 50.0, "sglang_ms": 100.0, "speedup": 2.0},
+    },
     "hotload": {"median_ms": 100.0, "longest_ms": 150.0, "load_ms": 50.0},
 }
 
@@ -42,6 +46,7 @@ def test_the_report_has_the_promised_numbers() -> None:
     assert report["attention"]["tiny_bs32_ratio_to_plain"] == 1.5
     assert report["attention"]["smollm2_bs16_speedup"] == 1.4
     assert report["prefix"]["ttft_ratio"] == 0.25
+    assert report["projections"]["least_speedup"] == 1.5
     assert report["hotload"]["max_step_ratio"] == 1.5
     assert report["machine"] == {"cpu": "some"}
     assert all(goal["met"] for goal in report["goals"].values())
@@ -181,3 +186,28 @@ async def test_adapters_are_loaded_while_requests_decode(rig: Any, tmp_path: Pat
     found = await hotload(rig, tmp_path / "adapter", requests=2, loads=1, rank=4)
     assert found["longest_ms"] >= found["median_ms"] > 0
     assert found["load_ms"] > 0
+
+
+def test_both_orders_of_projection_take_turns(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from harli_appliance.bench import runtime_parts
+    from harli_appliance.runtime.projections_cpu import FewRowsLinear
+
+    methods = [getattr(module, "quant_method", None) for module in rig.runtime.model.modules()]
+    linears = [method for method in methods if isinstance(method, FewRowsLinear)]
+    chosen = frozenset({1, 2})
+    for method in linears:
+        monkeypatch.setattr(method, "columns", chosen)
+    used: list[bool] = []
+    take = runtime_parts._median_ms
+
+    def watched(step: Callable[[], object], count: int) -> float:
+        used.append(all(method.columns == chosen for method in linears))
+        assert used[-1] or not any(method.columns for method in linears)
+        return take(step, count)
+
+    monkeypatch.setattr(runtime_parts, "_median_ms", watched)
+    monkeypatch.setattr(runtime_parts, "FEW", (2,))
+    found = runtime_parts.few_steps(rig, rounds=2)
+    assert used == [True, False, True, False]
+    assert found["2"].keys() == {"ours_ms", "sglang_ms", "speedup"}
+    assert all(method.columns == chosen for method in linears)

@@ -125,6 +125,7 @@ PLAN = ComparePlan(
     seconds=12.0,
     lead_s=2.0,
     max_prompt_tokens=40,
+    min_output_tokens=2,
     max_output_tokens=20,
 )
 

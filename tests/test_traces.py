@@ -247,6 +247,10 @@ def test_lengths_are_scaled_then_capped_and_prefixes_follow() -> None:
     assert scaled.block_tokens == 128
     assert scaled.requests[0] == TraceRequest(0.0, 200, 64, (7, 8))
     assert scaled.requests[1] == TraceRequest(1.0, 1, 1)
+    floored = trace.with_lengths(output_scale=0.1, min_output_tokens=16, max_output_tokens=64)
+    assert [request.output_tokens for request in floored.requests] == [30, 16]
+    with pytest.raises(UsageError, match="at least 65 tokens cannot be cut to 64"):
+        trace.with_lengths(min_output_tokens=65, max_output_tokens=64)
 
 
 def test_the_synthetic_trace_is_seeded_bursty_and_shaped_as_asked() -> None:

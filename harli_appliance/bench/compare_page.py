@@ -245,7 +245,10 @@ def _trace_table(report: Mapping[str, Any]) -> Table:
             ("requests in it", f"{trace['requests']:,} in {trace['duration_s']:,.0f} s"),
             ("bad rows left out", str(trace["skipped_rows"])),
             ("prompt lengths", f"times {trace['prompt_scale']:g}, at most {trace['max_prompt_tokens']}"),
-            ("answer lengths", f"times {trace['output_scale']:g}, at most {trace['max_output_tokens']}"),
+            (
+                "answer lengths",
+                f"times {trace['output_scale']:g}, {trace['min_output_tokens']} to {trace['max_output_tokens']}",
+            ),
             (
                 "mean prompt, answer",
                 f"{trace['mean_prompt_tokens']:.0f}, {trace['mean_output_tokens']:.0f} tokens",

@@ -55,6 +55,8 @@ class ComparePlan(BaseModel):
             allow.
         light_requests: served one by one, to find what serving takes alone.
         train_alone_s: how long training is measured alone.
+        min_output_tokens: answers that scaling would make shorter have so many. The time per token of an answer of
+            a few tokens is that of one prompt that came in between, whoever serves.
         variation: of the rate of the synthetic trace.
         sequence_tokens: of a micro-batch of the finetuning job.
     """
@@ -82,6 +84,7 @@ class ComparePlan(BaseModel):
     prompt_scale: float = 0.04
     output_scale: float = 0.25
     max_prompt_tokens: int = 128
+    min_output_tokens: int = 16
     max_output_tokens: int = 64
     variation: float = 1.0
     sequence_tokens: int = 128
@@ -108,6 +111,7 @@ class ComparePlan(BaseModel):
             prompt_scale=self.prompt_scale,
             output_scale=self.output_scale,
             max_prompt_tokens=self.max_prompt_tokens,
+            min_output_tokens=self.min_output_tokens,
             max_output_tokens=self.max_output_tokens,
         )
 

@@ -78,6 +78,7 @@ def _trace(plan: ComparePlan, trace: Trace) -> dict[str, Any]:
         "prompt_scale": plan.prompt_scale,
         "output_scale": plan.output_scale,
         "max_prompt_tokens": plan.max_prompt_tokens,
+        "min_output_tokens": plan.min_output_tokens,
         "max_output_tokens": plan.max_output_tokens,
     }
 

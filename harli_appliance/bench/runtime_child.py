@@ -22,7 +22,14 @@ def measure(part: str, folder: Path, scratch: Path) -> dict[str, Any]:
     cpu_stand_ins.install()
     import torch
 
-    from harli_appliance.bench.runtime_parts import MIXED, attention_steps, hotload, overhead, prefix
+    from harli_appliance.bench.runtime_parts import (
+        MIXED,
+        attention_steps,
+        few_steps,
+        hotload,
+        overhead,
+        prefix,
+    )
     from harli_appliance.bench.runtime_plain import write_tiny_model
     from harli_appliance.bench.runtime_rig import Bench
 
@@ -41,6 +48,7 @@ def measure(part: str, folder: Path, scratch: Path) -> dict[str, Any]:
         gc.collect()
         found["attention"] = attention_steps(bench, requests=16, rounds=3, lengths=MIXED)
         found["attention_short"] = attention_steps(bench, requests=16, rounds=3)
+        found["few"] = few_steps(bench)
         found["hotload"] = asyncio.run(hotload(bench, scratch / "adapter"))
     bench.lane.close()
     return found

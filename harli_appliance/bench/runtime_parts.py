@@ -8,6 +8,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from harli_appliance.bench.runtime_plain import PlainDecoder
 from harli_appliance.bench.runtime_rig import Bench, consume, prompt, request, time_to_first
 from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.runtime.arguments import LORA_TARGETS
-from harli_appliance.runtime.measuring import Attention, SglangStep, timed_steps
+from harli_appliance.runtime.measuring import Attention, Projections, SglangStep, timed_steps
 
 SHORT, MIXED = (128, 384), (128, 1024)
 """Shortest and longest prompt of a batch, which lie evenly: questions; questions to long conversations."""
 CHUNK = 128
 """Prompt tokens in a step, at least: so many steps may the first request decode while others are prefilled."""
+FEW = (1, 2, 3, 4)
 BLOCK = 24
 """Steps that one contestant makes before the next has its turn; most of them are as in a batch that decodes on."""
 
@@ -55,24 +57,10 @@ def attention_steps(
 def _attention_steps(
     bench: Bench, requests: int, rounds: int, plain: bool, lengths: tuple[int, int]
 ) -> dict[str, float]:
-    runtime, attention = bench.runtime, Attention(bench.runtime)
-    longest = lengths[1]
+    attention, longest = Attention(bench.runtime), lengths[1]
     answer = 2 * BLOCK * rounds + requests * longest // CHUNK + 2
     prompts = [prompt(at, length) for at, length in enumerate(prompt_lengths(requests, lengths))]
-    for at, tokens in enumerate(prompts):
-        runtime.submit(request(f"step-{requests}-{longest}-{at}", tokens, answer))
-    brought: list[list[int]] = [[] for _ in prompts]
-
-    def step() -> tuple[str, int]:
-        plan = runtime.plan()
-        if plan is None:
-            raise AssertionError("requests ended before the measurement")
-        for item in runtime.execute(plan).tokens:
-            brought[int(item.request.rpartition("-")[2])].extend(item.tokens)
-        return plan.kind, len(plan.requests)
-
-    while step() != ("decode", requests):
-        pass
+    batch = _Batch(bench, f"step-{longest}", prompts, answer)
     yardstick = PlainDecoder(bench.folder, prompts, longest + answer) if plain else None
     blocks: dict[str, list[float]] = {"ours": [], "torch_native": []}
     if yardstick is not None:
@@ -80,13 +68,11 @@ def _attention_steps(
     for _ in range(rounds):
         for name in ("ours", "torch_native"):
             attention.use(ours=name == "ours")
-            blocks[name].append(_median_ms(step, BLOCK))
+            blocks[name].append(_median_ms(batch.step, BLOCK))
         if yardstick is not None:
             blocks["plain"].append(_median_ms(yardstick.step, 2 * BLOCK))
     attention.use(ours=True)
-    while (plan := runtime.plan()) is not None:
-        for item in runtime.execute(plan).tokens:
-            brought[int(item.request.rpartition("-")[2])].extend(item.tokens)
+    brought = batch.finish()
     found = {name: statistics.median(taken) for name, taken in blocks.items()}
     found["speedup"] = _ratio(blocks["torch_native"], blocks["ours"])
     if yardstick is not None:
@@ -99,6 +85,68 @@ def _attention_steps(
         ]
         found["same_tokens"] = sum(pairs) / len(pairs)
     return found
+
+
+class _Batch:
+    """Requests that all decode when this is made, and go on for `answer` tokens each.
+
+    Args:
+        name: begins their ids.
+        answer: enough for the steps that are measured and those in which some still had no first token.
+    """
+
+    def __init__(self, bench: Bench, name: str, prompts: Sequence[Sequence[int]], answer: int) -> None:
+        self._runtime = bench.runtime
+        self._brought: list[list[int]] = [[] for _ in prompts]
+        for at, tokens in enumerate(prompts):
+            self._runtime.submit(request(f"{name}-{len(prompts)}-{at}", list(tokens), answer))
+        while self.step() != ("decode", len(prompts)):
+            pass
+
+    def step(self) -> tuple[str, int] | None:
+        """Kind and number of requests of a step; None when all have ended."""
+        plan = self._runtime.plan()
+        if plan is None:
+            return None
+        for item in self._runtime.execute(plan).tokens:
+            self._brought[int(item.request.rpartition("-")[2])].extend(item.tokens)
+        return plan.kind, len(plan.requests)
+
+    def finish(self) -> list[list[int]]:
+        """All tokens of each request, once all have ended."""
+        while self.step() is not None:
+            pass
+        return self._brought
+
+
+def few_steps(bench: Bench, *, rounds: int = 3, prompt_tokens: int = 64) -> dict[str, dict[str, float]]:
+    """Decode steps of `FEW` requests with SGLang's projections and with ours, taking turns.
+
+    Returns:
+        For each number of requests ``ours_ms`` and ``sglang_ms``, medians, and ``speedup``, the median over the
+        rounds of theirs over ours.
+    """
+    return {
+        str(count): dict(bench.on_lane(partial(_few, bench, count, rounds, prompt_tokens))) for count in FEW
+    }
+
+
+def _few(bench: Bench, count: int, rounds: int, prompt_tokens: int) -> dict[str, float]:
+    projections = Projections(bench.runtime)
+    prompts = [prompt(at, prompt_tokens) for at in range(count)]
+    batch = _Batch(bench, f"few-{count}", prompts, 2 * BLOCK * rounds + count + 2)
+    blocks: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(rounds):
+        for ours, taken in blocks.items():
+            projections.use(ours=ours)
+            taken.append(_median_ms(batch.step, BLOCK))
+    projections.use(ours=True)
+    batch.finish()
+    return {
+        "ours_ms": statistics.median(blocks[True]),
+        "sglang_ms": statistics.median(blocks[False]),
+        "speedup": _ratio(blocks[False], blocks[True]),
+    }
 
 
 def _median_ms(step: Callable[[], object], count: int) -> float:

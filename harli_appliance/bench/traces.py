@@ -153,16 +153,21 @@ class Trace:
         prompt_scale: float = 1.0,
         output_scale: float = 1.0,
         max_prompt_tokens: int | None = None,
+        min_output_tokens: int = 1,
         max_output_tokens: int | None = None,
     ) -> Trace:
-        """Lengths times a scale, then cut to a cap (longer requests are shortened, not left out)."""
+        """Lengths times a scale, then within their limits (longer requests are shortened, not left out)."""
         _require(min(prompt_scale, output_scale) > 0, "a length scale must be above 0")
         _require(min(max_prompt_tokens or 1, max_output_tokens or 1) >= 1, "a length cap must be at least 1")
+        _require(
+            max_output_tokens is None or min_output_tokens <= max_output_tokens,
+            f"answers of at least {min_output_tokens} tokens cannot be cut to {max_output_tokens}",
+        )
         block = max(1, round(self.block_tokens * prompt_scale))
         made = []
         for request in self.requests:
             prompt = _scaled(request.prompt_tokens, prompt_scale, max_prompt_tokens)
-            output = _scaled(request.output_tokens, output_scale, max_output_tokens)
+            output = max(min_output_tokens, _scaled(request.output_tokens, output_scale, max_output_tokens))
             prefix = request.prefix[: math.ceil(prompt / block)]
             made.append(TraceRequest(request.at_s, prompt, output, prefix))
         return replace(self, requests=tuple(made), block_tokens=block)

@@ -68,6 +68,7 @@ def run(
     prompt_scale: Annotated[float, typer.Option(help="Factor on prompt lengths.")] = 0.04,
     output_scale: Annotated[float, typer.Option(help="Factor on answer lengths.")] = 0.25,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longer prompts are cut to this.")] = 128,
+    min_output_tokens: Annotated[int, typer.Option(min=2, help="Shorter answers are made this long.")] = 16,
     max_output_tokens: Annotated[int, typer.Option(min=2, help="Longer answers are cut to this.")] = 64,
     variation: Annotated[
         float,
@@ -103,6 +104,7 @@ def run(
         prompt_scale=prompt_scale,
         output_scale=output_scale,
         max_prompt_tokens=max_prompt_tokens,
+        min_output_tokens=min_output_tokens,
         max_output_tokens=max_output_tokens,
         variation=variation,
         sequence_tokens=sequence_tokens,

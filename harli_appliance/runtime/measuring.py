@@ -1,4 +1,4 @@
-"""What a benchmark may do to a runtime: time SGLang's own step, and put SGLang's own CPU attention back.
+"""What a benchmark may do to a runtime: time SGLang's own step, and put SGLang's own CPU operators back.
 
 For measurements only; serving never needs it. Knows SGLang's scheduler and model runner.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
+from harli_appliance.runtime.projections_cpu import FewRowsHead, FewRowsLinear
 from harli_appliance.runtime.sglang_runtime import SglangRuntime
 
 
@@ -75,3 +76,16 @@ class Attention:
 
     def use(self, *, ours: bool) -> None:
         self._runner.attn_backend = self._ours if ours else self._sglangs
+
+
+class Projections:
+    """The same for the order in which projections of a few rows are computed."""
+
+    def __init__(self, runtime: SglangRuntime) -> None:
+        found = (getattr(module, "quant_method", None) for module in runtime.model.modules())
+        methods = [method for method in found if isinstance(method, FewRowsLinear | FewRowsHead)]
+        self._columns = [(method, method.columns) for method in methods]
+
+    def use(self, *, ours: bool) -> None:
+        for method, columns in self._columns:
+            method.columns = columns if ours else frozenset()

@@ -173,12 +173,12 @@ class BareProjection:
         self._backend = layer.lora_backend
         self._weight: Tensor = base.weight
         self._bias: Tensor | None = base.bias
-        self._columns: frozenset[int] = base.quant_method.columns
+        self._method: FewRowsLinear = base.quant_method
         self._with_adapters: Callable[..., tuple[Tensor, Tensor | None]] = layer.forward
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Output and, as SGLang's linear layers do, the bias that is left to the caller, which is none."""
         batch = self._backend.get_batch_info()
         if batch is None or not batch.has_active_lora:
-            return project(x, self._weight, self._bias, self._columns), None
+            return project(x, self._weight, self._bias, self._method.columns), None
         return self._with_adapters(x, *args, **kwargs)
