@@ -145,15 +145,15 @@ class CompareRun:
         )
 
     async def _check_capacity(self, promise: Promise, rate: float) -> float:
-        """`rate`, lowered until serving alone keeps the promise at the highest load in the other parts of the
-        trace too: one part may be calmer than another."""
+        """`rate`, lowered until serving alone keeps the promise at the highest load in every part of the trace: a
+        rung is shorter than a run, and one part may be calmer than another."""
         plan = self._plan
         slo = Slo(promise.tpot_ms, plan.ttft_ms)
-        lowered, repetition = 0, 1
+        lowered = repetition = 0
         while repetition < plan.repetitions and lowered < MOST_LOWERED:
             tried = rate * plan.loads[-1] / 100
             self._tell(
-                "Capacity in other parts of the trace", None, f"{promise.label}, {tried:.2f} requests/s"
+                "Capacity in every part of the trace", None, f"{promise.label}, {tried:.2f} requests/s"
             )
             seen = await self._replay(stretch(self._trace, plan, tried, repetition), REFERENCE)
             records = [record for request, record in seen.answers if request.at_s >= plan.lead_s]
