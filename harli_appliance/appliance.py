@@ -249,6 +249,7 @@ class Appliance:
             memory_lane=self._inference,
             on_change=lambda: self._engine.wake(),
             on_step=lambda loss: self._engine.telemetry.loss(loss),
+            on_pace=self._scheduler.predictor.observe_training,
         )
         self._engine = Engine(
             self._runtime,
@@ -328,12 +329,14 @@ class Appliance:
 
         note(0.0)
         settings = self._settings
+        exercise = Exercise(self._backbone, settings.training.window_tokens) if self._finetunes else None
         calibration = Calibration(
             self._runtime,
             self._scheduler.predictor,
             self._inference,
             self._training,
-            Exercise(self._backbone, settings.training.window_tokens) if self._finetunes else None,
+            exercise,
+            unit_tokens=exercise.tokens if exercise is not None else 0.0,
             vocabulary=self._runtime.vocabulary,
             splits=self._cuda.splits if self._cuda is not None else (),
             arrange=self._cuda.arrange if self._cuda is not None else lambda _: None,

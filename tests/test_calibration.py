@@ -108,17 +108,25 @@ async def test_every_split_is_measured_and_the_whole_device_only_alone(lanes: tu
         predictor,
         *lanes,
         lambda: None,
+        unit_tokens=0.5,
         vocabulary=50,
         splits=(halves,),
         arrange=arranged.append,
         on_progress=lambda _: None,
     )
     await calibration.run([Round((20, 30), 20)])
+    assert predictor.training_rate() > 0
+    assert predictor.training_rate(halves) > 0
     step = Step("decode", 2, 100)
     known = [predictor.solo(step), predictor.solo(step, halves), predictor.corun(step, halves)]
     assert None not in known
     assert predictor.corun(step) is None
-    assert [decision.split for decision in arranged] == [None, None, halves]
+    assert [(decision.serve, decision.split) for decision in arranged] == [
+        (False, None),
+        (True, None),
+        (True, None),
+        (True, halves),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -104,12 +104,14 @@ class NoTraining:
 
     def __init__(self) -> None:
         self.allowed: list[int] = []
+        self.places: list[Any] = []
 
     def outlook(self) -> Outlook:
         return Outlook(False)
 
-    def launch(self, units: int, lane: Any = None) -> asyncio.Future[None]:
+    def launch(self, units: int, lane: Any = None, place: Any = None) -> asyncio.Future[None]:
         self.allowed.append(units)
+        self.places.append(place)
         done = asyncio.get_running_loop().create_future()
         done.set_result(None)
         return done

@@ -74,6 +74,7 @@ class Batch:
     """Three units of one micro-batch."""
 
     fusible_tokens = 0
+    worked, tokens = 0.0, 8
     swap_bytes = 1 << 40  # too many to be copied anywhere
 
     def __init__(self, device: Device) -> None:
@@ -85,6 +86,7 @@ class Batch:
 
     def _unit(self) -> None:
         self.left -= 1
+        self.worked += self.tokens / 3
         self._device.happened.append("unit")
 
     def units_left(self, window: int) -> int:
@@ -164,7 +166,8 @@ def watched(grant: Callable[..., Any], device: Device) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("turns", [False, True], ids=["on its own lane", "taking turns"])
 async def test_a_lease_is_given_back_when_the_device_is_done_with_it(turns: bool) -> None:
-    device, queue = Device(), Queue()
+    device, queue, half = Device(), Queue(), Split("64+68", 64 / 132, 68 / 132)
+    paces: list[tuple[float, Split | None]] = []
     home, serving = DeviceLane("training", device, ahead=1), DeviceLane("inference", device, ahead=0)
     pool = SlotPool(Slots(), watermark=0.0)
 
@@ -181,16 +184,18 @@ async def test_a_lease_is_given_back_when_the_device_is_done_with_it(turns: bool
         lane=home,
         memory_lane=DeviceLane("memory", Device(), ahead=0),
         on_change=lambda: trainer.wake(),
+        on_pace=lambda tokens, seconds, place: paces.append((tokens, place)),
     )
     pool.grant = watched(pool.grant, device)  # type: ignore[method-assign]
     pool.grant_contiguous = watched(pool.grant_contiguous, device)  # type: ignore[method-assign]
     task = asyncio.create_task(trainer.run())
     while not queue.done.is_set():
-        trainer.launch(1, serving if turns else home)
+        trainer.launch(1, serving if turns else home, place=half)
         await asyncio.sleep(0)
         assert not task.done(), task.exception()
     task.cancel()
     assert device.happened == ["begin", "unit", "unit", "unit", "finish", "step"]
+    assert paces == [(8.0, half)]
 
 
 async def test_lanes_are_arranged_before_a_step_is_launched() -> None:
@@ -249,10 +254,10 @@ async def test_what_is_learned_is_learned_for_the_split_it_ran_on() -> None:
             return Decision("partition", "always", serve=True, units=0, split=half)
 
     half = Split("64+68", 64 / 132, 68 / 132)
-    inference, training = Lane("inference"), Lane("training")
+    inference, training, trainer = Lane("inference"), Lane("training"), NoTraining()
     engine = Engine(
         ScriptedRuntime(), SlotPool(Slots(), watermark=0.0), OnSplit(Noting(), "serve_only"),
-        NoTraining(), SloTracker(100, 1000), inference, training, max_queued=3,  # type: ignore[arg-type]
+        trainer, SloTracker(100, 1000), inference, training, max_queued=3,  # type: ignore[arg-type]
     )  # fmt: skip
     task = asyncio.create_task(engine.run())
     await tokens(engine, ask("r", 2))
@@ -261,3 +266,4 @@ async def test_what_is_learned_is_learned_for_the_split_it_ran_on() -> None:
     inference.close()
     training.close()
     assert seen[0] == half
+    assert half in trainer.places

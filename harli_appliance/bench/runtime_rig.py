@@ -76,7 +76,7 @@ class _NoTraining:
     def outlook(self) -> Outlook:
         return Outlook(ready=False)
 
-    def launch(self, units: int, lane: object = None) -> Awaitable[None]:
+    def launch(self, units: int, lane: object = None, place: object = None) -> Awaitable[None]:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         done.set_result(None)
         return done

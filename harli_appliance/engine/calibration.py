@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ PROMPTS = (24, 96, 256, 160)
 """Tokens of their prompts, in turn."""
 DECODES = 12
 """Decode steps of a round; half of them beside training."""
+UNITS_ALONE = 20
+"""Training units on the whole device, where it has splits: what the work beside serving is compared with."""
 WARM_UP = 2
 """Decode steps before the first round; first steps are slower than any that follow."""
 
@@ -67,6 +70,7 @@ class Calibration:
 
     Args:
         unit: one unit of training work, or None where nothing can be finetuned: then steps are only run alone.
+        unit_tokens: whole tokens' work of a unit.
         vocabulary: prompts are made of tokens below this.
         splits: ways to divide the device at run time: the sweep is made on each of them, and alone on the whole.
         arrange: puts the lanes where a decision wants them, as for the engine.
@@ -82,6 +86,7 @@ class Calibration:
         unit: Callable[[], None] | None,
         *,
         vocabulary: int,
+        unit_tokens: float = 0.0,
         splits: Sequence[Split] = (),
         arrange: Callable[[Decision], None] = lambda _: None,
         on_progress: Callable[[float], None],
@@ -91,6 +96,7 @@ class Calibration:
         self._inference = inference
         self._training = training
         self._unit = unit
+        self._unit_tokens = unit_tokens
         self._vocabulary = vocabulary
         self._splits = splits
         self._arrange = arrange
@@ -102,6 +108,8 @@ class Calibration:
         """Measure every round, then teach: steps alone first, because the slowdown is learned on top of them."""
         if self._unit is not None:
             await self._training.run(self._unit)
+            if self._splits:
+                await self._units_alone(self._unit)
         await self._measure(Round((PROMPTS[0],), WARM_UP), None, beside=False)
         places: list[Split | None] = [None, *self._splits]
         samples: list[_Sample] = []
@@ -128,7 +136,7 @@ class Calibration:
         following = dict.fromkeys(("prefill", "decode"), False)
         while (plan := await self._inference.run(self._runtime.plan)) is not None:
             corun = following[plan.kind]
-            samples.append(_Sample(step_of(plan), await self._step(plan, corun), corun, split))
+            samples.append(_Sample(step_of(plan), await self._step(plan, corun, split), corun, split))
             following[plan.kind] = beside and not corun
         return samples
 
@@ -139,10 +147,10 @@ class Calibration:
             sampling = Sampling(max_tokens=part.decodes + 1, ignore_eos=True)
             self._runtime.submit(Submission(f"calibration-{self._requests}", prompt, sampling))
 
-    async def _step(self, plan: StepPlan, corun: bool) -> float:
+    async def _step(self, plan: StepPlan, corun: bool, split: Split | None) -> float:
         """Milliseconds that the step took."""
         stop = asyncio.Event()
-        beside = asyncio.create_task(self._units(stop)) if corun else None
+        beside = asyncio.create_task(self._units(stop, split)) if corun else None
         await asyncio.sleep(0)  # let the first unit begin
         outcome = await self._inference.run(self._runtime.execute, plan)
         stop.set()
@@ -150,6 +158,17 @@ class Calibration:
             await beside
         return 1e3 * outcome.seconds
 
-    async def _units(self, stop: asyncio.Event) -> None:
+    async def _units(self, stop: asyncio.Event, split: Split | None) -> None:
         while self._unit is not None and not stop.is_set():
-            await self._training.run(self._unit)
+            await self._timed(self._unit, split)
+
+    async def _units_alone(self, unit: Callable[[], None]) -> None:
+        self._arrange(Decision("training", "measuring", serve=False, units=UNLIMITED))
+        for _ in range(UNITS_ALONE):
+            await self._timed(unit, None)
+        await self._training.drain()
+
+    async def _timed(self, unit: Callable[[], None], split: Split | None) -> None:
+        began = time.perf_counter()
+        await self._training.run(unit)
+        self._predictor.observe_training(self._unit_tokens, time.perf_counter() - began, split)

@@ -188,7 +188,7 @@ class Engine:
             return measured and (measured[0] + ahead_ms, measured[1])
         serving = asyncio.create_task(self._serve(plan))
         lane = self._inference if decision.mode == "time_slice" else self._training
-        training = self._trainer.launch(decision.units, lane)
+        training = self._trainer.launch(decision.units, lane, place=decision.split)
         measured = await serving
         if decision.units < UNLIMITED:
             await training

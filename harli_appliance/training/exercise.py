@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from harli_appliance.training.backbone import Backbone
+from harli_appliance.training.pace import BACKWARD, FORWARD
 
 
 class Exercise:
@@ -25,6 +26,12 @@ class Exercise:
         self._backbone = backbone
         self._positions = torch.arange(tokens, device=backbone.device)
         self._layer = 0
+
+    @property
+    def tokens(self) -> float:
+        """Whole tokens' work of one unit. Forward and the gradient of the hidden states are 4 of the 6 FLOPs a
+        parameter of a token that is trained: the backward pass of a work unit computes its layer again."""
+        return len(self._positions) * (FORWARD + BACKWARD / 2) / len(self._backbone.layers)
 
     def __call__(self) -> None:
         number = self._layer

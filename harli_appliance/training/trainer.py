@@ -22,10 +22,11 @@ import structlog
 from harli_appliance.api.ports import Job
 from harli_appliance.errors import HarliError
 from harli_appliance.memory.pool import Lease, SlotPool
-from harli_appliance.scheduling.types import Outlook
+from harli_appliance.scheduling.types import Outlook, Split
 from harli_appliance.training.active_job import ActiveJob, RunningJob, Spent, Unfinished
 from harli_appliance.training.fairness import Order, RecentShares
 from harli_appliance.training.job_run import JobRun
+from harli_appliance.training.pace import Pace, Told
 from harli_appliance.training.residence import Residence, UnitLane
 from harli_appliance.training.swap import SwapPredictor
 from harli_appliance.training.units import WorkUnit
@@ -79,6 +80,7 @@ class Trainer:
         memory_lane: the inference lane, on which the pool may be asked for slots.
         on_change: called when training begins or ceases to have work, so that an idle engine looks again.
         on_step: called with the loss of every optimizer step.
+        on_pace: called with tokens, the seconds that they took on the lane, and the split that training ran on.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Trainer:
         memory_lane: UnitLane,
         on_change: Callable[[], None],
         on_step: Callable[[float], None] = lambda _: None,
+        on_pace: Told = lambda tokens, seconds, place: None,
     ) -> None:
         self._queue = queue
         self._pool = pool
@@ -107,6 +110,8 @@ class Trainer:
         self._memory_lane = memory_lane
         self._on_change = on_change
         self._on_step = on_step
+        self._pace = Pace(on_pace)
+        self._place: Split | None = None
         self._allowance = 0
         self._ready = False
         self._changed = asyncio.Event()
@@ -133,12 +138,19 @@ class Trainer:
             self._ready, slowest, micro_batch_units=self._units_left, fusible_tokens=self._fusible_tokens
         )
 
-    def launch(self, units: int, lane: UnitLane | None = None, window: int | None = None) -> Awaitable[None]:
+    def launch(
+        self,
+        units: int,
+        lane: UnitLane | None = None,
+        window: int | None = None,
+        place: Split | None = None,
+    ) -> Awaitable[None]:
         """Allow `units` work units from now on, replacing what was allowed before.
 
         Args:
             window: forward units are all layers of a window of so many tokens, where one can begin; None for
                 units of the usual size.
+            place: how the device is divided while they run; None where one lane has all of it.
 
         Returns:
             Something to await that is done when they have run, or training has nothing left to run.
@@ -146,6 +158,7 @@ class Trainer:
         self._allowance = units
         self._lane = lane or self._home
         self._window = window
+        self._place = place
         if self._spent is not None and not self._spent.done():
             self._spent.set_result(None)
         self._spent = asyncio.get_running_loop().create_future()
@@ -340,9 +353,15 @@ class Trainer:
                     return False
                 if self._window is not None and batch.fusible_tokens:  # not run yet: it may be cut anew
                     unit = batch.next_unit(self._window, run.layers) or unit
-                begun.spent += Spent(await self._execute(active, unit), unit.credit)
+                place, worked, whole = self._place, batch.worked, self._window is None
+                took_ms = await self._execute(active, unit)
+                begun.spent += Spent(took_ms, unit.credit)
+                if whole:
+                    self._pace.ran(batch.worked - worked, took_ms / 1e3, place)
             await self._at_home(active, partial(run.finish, index, batch))
             active.spent += begun.spent
+            if not run.evaluating:
+                self._pace.ended(batch.tokens)
             done = True
         finally:
             await self._ran_on.drain()  # nothing may still write to rows that become another's

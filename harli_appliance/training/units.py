@@ -29,6 +29,7 @@ from harli_appliance.training.adapter import Adapter
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.cross_entropy import cross_entropy_
 from harli_appliance.training.objectives import Objective
+from harli_appliance.training.pace import BACKWARD, FORWARD
 from harli_appliance.training.packing import PackedSequence
 from harli_appliance.training.recompute import left_out, unneeded, valued
 
@@ -106,6 +107,7 @@ class MicroBatch:
 
     Attributes:
         loss: of the objective, once the loss units have run.
+        worked: tokens' work done so far, in whole tokens: it ends at `tokens`.
         reference: as given or computed.
     """
 
@@ -134,6 +136,7 @@ class MicroBatch:
         self._rows = Activations(backbone, buffers, slots, len(sequence))
         self.tokens = len(sequence)
         self.loss = 0.0
+        self.worked = 0.0
         self.reference = reference
         self._gradients = gradients
         self._swapped: list[Tensor] = []
@@ -242,6 +245,8 @@ class MicroBatch:
         if self._layer == 0:
             self._to = min(self._from + window, self.tokens)
         self._forward(self._layer, self._from, self._to)
+        if self._stages[self._at].tuned:
+            self.worked += FORWARD * (self._to - self._from) / len(self._backbone.layers)
         self._layer += 1
         if self._layer == len(self._backbone.layers):
             self._layer, self._from = 0, self._to
@@ -259,6 +264,7 @@ class MicroBatch:
     def _backward_piece(self, window: int) -> None:
         start = max(0, self._to - window)
         self._backward(self._layer, start, self._to)
+        self.worked += BACKWARD * (self._to - start) / len(self._backbone.layers)
         self._to = start
         if start == 0:
             self._layer, self._to = self._layer - 1, self.tokens
