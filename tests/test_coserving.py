@@ -161,6 +161,13 @@ class Rig:
     predictor: Predictor
     slots: dict[str, int]
     """Of each job that began: those of its adapter's state."""
+    tasks: tuple[asyncio.Task[None], ...]
+
+    async def stop(self) -> None:
+        """As the appliance does when it is told to."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
 
     def weights_of(self, job: str) -> bytes:
         return (self.adapters / job / "adapter_model.safetensors").read_bytes()
@@ -226,8 +233,9 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
             serving.runtime, pool, Scheduler(predictor, policy), trainer, SloTracker(1e6, 1e6), serving.lane,
             lane, max_queued=64,
         )  # fmt: skip
-        tasks.extend([asyncio.create_task(engine.run()), asyncio.create_task(trainer.run())])
-        return Rig(engine, trainer, pool, queue, backbone, tmp_path / "adapters", predictor, slots)
+        started = asyncio.create_task(engine.run()), asyncio.create_task(trainer.run())
+        tasks.extend(started)
+        return Rig(engine, trainer, pool, queue, backbone, tmp_path / "adapters", predictor, slots, started)
 
     yield build
     for task in tasks:
@@ -391,6 +399,28 @@ async def test_a_job_that_is_paused_again_and_again_is_bitwise_the_undisturbed_o
     assert pauses >= 5
     assert made.queue.losses == undisturbed.queue.losses
     assert made.weights_of("ftjob-paused") == undisturbed.weights_of("ftjob-calm")
+
+
+async def test_a_stop_keeps_every_optimizer_step(rig: RigFactory, serving: Serving, tmp_path: Path) -> None:
+    """Checkpoints come every three steps; the job is stopped between two, in the middle of a step."""
+    undisturbed = await rig(job=a_job("ftjob-calm", epochs=8))
+    await asyncio.wait_for(undisturbed.queue.ended.wait(), 120)
+    made = await rig(job=a_job("ftjob-stopped", epochs=8))
+    while len(made.queue.losses) < 5:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    trained = made.trainer.state().tokens
+    while made.trainer.state().tokens == trained:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    await made.stop()
+    await serving.lane.run(made.pool.settle)
+    assert made.pool.use().leased == 0
+    told = len(made.queue.losses)
+    kept = max(int(folder.name[-6:]) for folder in (tmp_path / "checkpoints" / "ftjob-stopped").iterdir())
+    assert kept in (told, told + 1), "the last one may have ended when nobody could be told any more"
+    again = await rig(job=a_job("ftjob-stopped", epochs=8))
+    await asyncio.wait_for(again.queue.ended.wait(), 120)
+    assert kept + len(again.queue.losses) == len(undisturbed.queue.losses)
+    assert again.weights_of("ftjob-stopped") == undisturbed.weights_of("ftjob-calm")
 
 
 async def test_a_loss_that_explodes_fails_the_job_and_not_serving(

@@ -187,7 +187,7 @@ class Trainer:
     # -- the coroutine ---------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Train jobs, until cancelled."""
+        """Train jobs, until cancelled. Then the optimizer steps that running jobs have made are kept."""
         try:
             while True:
                 await self._start_waiting_jobs()
@@ -203,8 +203,13 @@ class Trainer:
                     continue
                 await self._take_turn(self._active[chosen])
         finally:
-            for job_id in list(self._active):
-                await self._leave(job_id)
+            await self._ran_on.run(_nothing)  # what was begun ends, though nobody waits for it any more
+            for active in list(self._active.values()):
+                try:
+                    await self._keep(active)
+                except Exception:
+                    log.exception("the last steps of a job could not be kept", job=active.job.id)
+                await self._leave(active.job.id)
 
     async def _start_waiting_jobs(self) -> None:
         while len(self._active) < self._max_running:
@@ -274,13 +279,16 @@ class Trainer:
     async def _stop(self, job: Job) -> None:
         """Pause or cancel; a pause keeps the optimizer steps made, and the step under way is made again."""
         active = self._active[job.id]
-        run = active.run
-        if run.has_unkept_steps and self._queue.asked(job.id) != "cancel":
-            async with active.residence.in_use:
-                await self._home.run(run.checkpoint)
+        if self._queue.asked(job.id) != "cancel":
+            await self._keep(active)
         await self._leave(job.id)
         if (await self._queue.stopped(job.id)).status == "cancelled":
-            await asyncio.to_thread(run.discard_checkpoints)
+            await asyncio.to_thread(active.run.discard_checkpoints)
+
+    async def _keep(self, active: ActiveJob) -> None:
+        if active.run.has_unkept_steps:
+            async with active.residence.in_use:
+                await self._home.run(active.run.checkpoint)
 
     # -- turns -----------------------------------------------------------------------------------------
 
@@ -481,6 +489,10 @@ class Trainer:
             self._spent.set_result(None)
         if changed:
             self._on_change()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _timed_ms(work: Callable[[], None]) -> float:
