@@ -186,8 +186,11 @@ def test_a_place_that_cannot_be_written_is_one_line(
 
 
 @pytest.fixture
-def waiting_demo(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A demo in a process of its own, in the middle of its work."""
+def waiting_demo(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A demo in a process of its own, in the middle of its work; in the background SIGINT is ignored."""
+    background = request.param == "in the background"
     home, out = model_home(tmp_path), tmp_path / "out"
     script = (
         "import sys; from pathlib import Path; from harli_appliance.bench.demo import run\n"
@@ -195,8 +198,9 @@ def waiting_demo(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]
         f"sys.exit(run(Path({str(out)!r}), True, settings=load_settings(home={str(home)!r}), "
         f"command={(*APPLIANCE,)!r}))"
     )
+    ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"] if background else []
     process = subprocess.Popen(
-        [sys.executable, "-c", script],
+        [*ignoring, sys.executable, "-c", script],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -213,7 +217,15 @@ def waiting_demo(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]
     process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("waiting_demo", "number"),
+    [
+        ("in the foreground", signal.SIGINT),
+        ("in the foreground", signal.SIGTERM),
+        ("in the background", signal.SIGTERM),
+    ],
+    indirect=["waiting_demo"],
+)
 def test_an_interrupted_demo_stops_the_appliance(
     waiting_demo: tuple[subprocess.Popen[str], Path], number: signal.Signals
 ) -> None:

@@ -82,7 +82,10 @@ def run(
 
 
 def as_interrupt(number: int, frame: FrameType | None) -> None:
-    """A polite kill is handled as Ctrl-C is, so that the appliance is stopped too."""
+    """A polite kill is handled as Ctrl-C is, so that the appliance is stopped too. A shell has its commands in the
+    background ignore SIGINT; they must end all the same."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        raise KeyboardInterrupt
     signal.raise_signal(signal.SIGINT)
 
 
