@@ -47,7 +47,7 @@ def test_a_job_of_preferences_becomes_a_model_that_prefers(process: Process) -> 
         seed=5,
         method={
             "type": "dpo",
-            "dpo": {"hyperparameters": {"n_epochs": 10, "batch_size": 4, "learning_rate": 1e-2}},  # type: ignore[typeddict-unknown-key]
+            "dpo": {"hyperparameters": {"n_epochs": 10, "batch_size": 4, "learning_rate": 1e-3}},  # type: ignore[typeddict-unknown-key]
         },
     )
     name = wait(client, job.id)
