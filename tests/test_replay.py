@@ -20,7 +20,7 @@ from harli_appliance.bench.replay import (
     replay,
     summarise,
 )
-from harli_appliance.bench.workload import PlannedRequest, Traffic, bursty, for_seconds
+from harli_appliance.bench.workload import PlannedRequest, Traffic, bursty, for_seconds, recurring
 from harli_appliance.client import HarliClient, StreamedText, StreamEnd
 from harli_appliance.errors import EngineFault, Overloaded, UsageError
 from tests.fakes import BASE, FakeAppliance, FakeGeneration, listening, words
@@ -65,14 +65,16 @@ def test_traffic_is_burstier_than_a_poisson_process() -> None:
     assert 0.8 < counts.var() / counts.mean() < 1.2
 
 
-def test_repeats_ask_earlier_questions_again_in_turn() -> None:
-    earlier = first(5)
-    requests = list(itertools.islice(bursty(9, repeats=earlier, repeat_share=0.5), 40))
-    asked = {request.prompt: request.answer_tokens for request in earlier}
-    again = [request for request in requests if request.prompt in asked]
+def test_traffic_recurs_with_other_questions_but_for_some() -> None:
+    minute = first(5)
+    requests = list(itertools.islice(recurring(minute, 60.0, 9, repeat_share=0.5), 40))
+    assert [r.index for r in requests] == list(range(40))
+    for number, request in enumerate(requests):
+        original = minute[number % 5]
+        assert request.at_s == pytest.approx(60.0 * (number // 5) + original.at_s)
+        assert request.answer_tokens == original.answer_tokens
+    again = [request for request in requests if request.prompt == minute[request.index % 5].prompt]
     assert 10 < len(again) < 30
-    assert [r.prompt for r in again[:5]] == [r.prompt for r in earlier]
-    assert all(request.answer_tokens == asked[request.prompt] for request in again)
 
 
 def test_for_seconds_takes_the_beginning() -> None:

@@ -16,7 +16,7 @@ from typing import Final
 from harli_appliance.bench.figures import Phase
 from harli_appliance.bench.progress import Narrator, Step
 from harli_appliance.bench.replay import Record, Slo, percentiles, replay
-from harli_appliance.bench.workload import Traffic, bursty, for_seconds
+from harli_appliance.bench.workload import Traffic, bursty, for_seconds, recurring
 from harli_appliance.client import HarliClient
 from harli_appliance.errors import EngineFault, JobFailed
 from harli_appliance.schema import JobStatus, PolicyChange, Sample, Status
@@ -233,12 +233,12 @@ class DemoRun:
         return rate
 
     async def _both(self, job: str) -> list[Record]:
-        """Bursty requests for as long as the job runs."""
+        """The traffic that was served alone, of which the promise was made, for as long as the job runs."""
         plan = self._plan
         await self._set_policy("adaptive")
         stop = asyncio.Event()
         earlier = for_seconds(bursty(plan.seed, plan.traffic), plan.serve_only_s)
-        requests = bursty(plan.seed + 1, plan.traffic, repeats=earlier)
+        requests = recurring(earlier, plan.serve_only_s, plan.seed + 1, plan.traffic)
         done: list[Record] = []
         with self._narrator.step("Serving and training") as step:
             started = time.time()

@@ -6,6 +6,7 @@ swings slowly, as over a day. Lengths of prompts and answers are log-normal, cli
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,31 +63,38 @@ class Traffic:
             raise UsageError("traffic: swing must be in [0, 1)")
 
 
-def bursty(
-    seed: int,
-    traffic: Traffic = Traffic(),
-    *,
-    repeats: Sequence[PlannedRequest] = (),
-    repeat_share: float = 0.25,
-) -> Iterator[PlannedRequest]:
+def bursty(seed: int, traffic: Traffic = Traffic()) -> Iterator[PlannedRequest]:
     """Endless requests in order of time; the same seed gives the same ones.
 
     Args:
         seed: of everything random.
         traffic: rates and lengths.
-        repeats: earlier requests; where given, `repeat_share` of the new ones ask one of these again, in
-            turn, so that answers can be compared.
-        repeat_share: 0 to 1.
     """
     rng = np.random.default_rng(seed)
-    repeated = 0
     for index, at_s in enumerate(_arrivals(rng, traffic)):
-        prompt, answer_tokens = _prompt(rng, traffic), traffic.answer_tokens.draw(rng)
-        if repeats and rng.random() < repeat_share:
-            earlier = repeats[repeated % len(repeats)]
-            prompt, answer_tokens = earlier.prompt, earlier.answer_tokens
-            repeated += 1
-        yield PlannedRequest(index, at_s, prompt, answer_tokens)
+        yield PlannedRequest(index, at_s, _prompt(rng, traffic), traffic.answer_tokens.draw(rng))
+
+
+def recurring(
+    requests: Sequence[PlannedRequest],
+    period_s: float,
+    seed: int,
+    traffic: Traffic = Traffic(),
+    *,
+    repeat_share: float = 0.25,
+) -> Iterator[PlannedRequest]:
+    """`requests` every `period_s`, endlessly: at the same times, for answers of the same lengths, so that what was
+    measured with them is what can be expected. Most ask something new.
+
+    Args:
+        repeat_share: share that asks what the original asked, so that answers can be compared; 0 to 1.
+    """
+    rng = np.random.default_rng(seed)
+    for index in itertools.count():
+        turn, place = divmod(index, len(requests))
+        original = requests[place]
+        prompt = original.prompt if rng.random() < repeat_share else _prompt(rng, traffic)
+        yield PlannedRequest(index, turn * period_s + original.at_s, prompt, original.answer_tokens)
 
 
 def for_seconds(requests: Iterator[PlannedRequest], seconds: float) -> list[PlannedRequest]:
