@@ -267,3 +267,65 @@ async def test_what_is_learned_is_learned_for_the_split_it_ran_on() -> None:
     training.close()
     assert seen[0] == half
     assert half in trainer.places
+
+
+async def test_a_step_begins_again_when_a_micro_batch_is_dropped_that_has_added_gradients() -> None:
+    device, queue, leases = Device(), Queue(), []
+    happened: list[str] = []
+
+    class Adding(Batch):
+        has_added = True
+
+        def __init__(self, unlucky: bool) -> None:
+            super().__init__(device)
+            self._unlucky = unlucky
+
+        def next_unit(self, window: int, layers: int) -> WorkUnit | None:
+            return WorkUnit("backward", self._unit, credit=2.0) if self.left else None
+
+        def _unit(self) -> None:
+            super()._unit()
+            if self._unlucky:
+                leases[-1].revoke()
+
+    def begin(index: int, slots: Tensor) -> Adding:
+        happened.append(f"begin {index}")
+        return Adding(unlucky=index == 1 and "drop 1" not in happened)
+
+    def drop(index: int, batch: Batch) -> int:
+        happened.append(f"drop {index}")
+        return 0
+
+    run = fake_run(device)
+    run.micro_batches, run.ends_step = lambda: 2, lambda index: index == 1
+    run.begin, run.drop, run.state.bytes = begin, drop, 1
+    run.finish = lambda index, batch: happened.append(f"finish {index}")
+    pool = SlotPool(Slots(), watermark=0.0)
+    grant = pool.grant
+    pool.grant = lambda *args, **named: leases.append(grant(*args, **named)) or leases[-1]  # type: ignore[method-assign, func-returns-value]
+
+    async def finish(job: Any, run: Any) -> None:
+        queue.done.set()
+
+    lane = DeviceLane("training", device, ahead=0)
+    trainer = Trainer(
+        queue,  # type: ignore[arg-type]
+        pool,
+        start_job=lambda job, path, held_out: run,
+        finish_job=finish,
+        order=FirstCome(),
+        max_running=1,
+        lane=lane,
+        memory_lane=DeviceLane("memory", Device(), ahead=0),
+        on_change=lambda: trainer.wake(),
+    )
+    task = asyncio.create_task(trainer.run())
+    while not queue.done.is_set():
+        trainer.launch(1, lane)
+        await asyncio.sleep(0)
+        assert not task.done(), task.exception()
+    task.cancel()
+    assert happened == [
+        "begin 0", "finish 0", "begin 1", "drop 1", "begin 0", "finish 0", "begin 1", "finish 1",
+    ]  # fmt: skip
+    assert trainer.state().tokens == 2 * 3 * 2, "what was done twice counts once"
