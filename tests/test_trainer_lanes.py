@@ -164,12 +164,8 @@ def watched(grant: Callable[..., Any], device: Device) -> Callable[..., Any]:
     return granted
 
 
-@pytest.mark.parametrize("turns", [False, True], ids=["on its own lane", "taking turns"])
-async def test_a_lease_is_given_back_when_the_device_is_done_with_it(turns: bool) -> None:
-    device, queue, half = Device(), Queue(), Split("64+68", 64 / 132, 68 / 132)
-    paces: list[tuple[float, Split | None]] = []
-    home, serving = DeviceLane("training", device, ahead=1), DeviceLane("inference", device, ahead=0)
-    pool = SlotPool(Slots(), watermark=0.0)
+def trainer_of(queue: Queue, pool: SlotPool, run: Any, lane: DeviceLane, **more: Any) -> Trainer:
+    """A trainer of one job, which sets `queue.done` when it ends."""
 
     async def finish(job: Any, run: Any) -> None:
         queue.done.set()
@@ -177,23 +173,39 @@ async def test_a_lease_is_given_back_when_the_device_is_done_with_it(turns: bool
     trainer = Trainer(
         queue,  # type: ignore[arg-type]
         pool,
-        start_job=lambda job, path, held_out: fake_run(device),
+        start_job=lambda job, path, held_out: run,
         finish_job=finish,
         order=FirstCome(),
         max_running=1,
-        lane=home,
+        lane=lane,
         memory_lane=DeviceLane("memory", Device(), ahead=0),
         on_change=lambda: trainer.wake(),
-        on_pace=lambda tokens, seconds, place: paces.append((tokens, place)),
+        **more,
     )
-    pool.grant = watched(pool.grant, device)  # type: ignore[method-assign]
-    pool.grant_contiguous = watched(pool.grant_contiguous, device)  # type: ignore[method-assign]
+    return trainer
+
+
+async def train(trainer: Trainer, queue: Queue, **allowed: Any) -> None:
+    """One unit at a time, until the job has ended."""
     task = asyncio.create_task(trainer.run())
     while not queue.done.is_set():
-        trainer.launch(1, serving if turns else home, place=half)
+        trainer.launch(1, **allowed)
         await asyncio.sleep(0)
         assert not task.done(), task.exception()
     task.cancel()
+
+
+@pytest.mark.parametrize("turns", [False, True], ids=["on its own lane", "taking turns"])
+async def test_a_lease_is_given_back_when_the_device_is_done_with_it(turns: bool) -> None:
+    device, queue, half = Device(), Queue(), Split("64+68", 64 / 132, 68 / 132)
+    paces: list[tuple[float, Split | None]] = []
+    home, serving = DeviceLane("training", device, ahead=1), DeviceLane("inference", device, ahead=0)
+    pool = SlotPool(Slots(), watermark=0.0)
+    told = lambda tokens, seconds, place: paces.append((tokens, place))  # noqa: E731
+    trainer = trainer_of(queue, pool, fake_run(device), home, on_pace=told)
+    pool.grant = watched(pool.grant, device)  # type: ignore[method-assign]
+    pool.grant_contiguous = watched(pool.grant_contiguous, device)  # type: ignore[method-assign]
+    await train(trainer, queue, lane=serving if turns else home, place=half)
     assert device.happened == ["begin", "unit", "unit", "unit", "finish", "step"]
     assert paces == [(8.0, half)]
 
@@ -303,28 +315,9 @@ async def test_a_step_begins_again_when_a_micro_batch_is_dropped_that_has_added_
     pool = SlotPool(Slots(), watermark=0.0)
     grant = pool.grant
     pool.grant = lambda *args, **named: leases.append(grant(*args, **named)) or leases[-1]  # type: ignore[method-assign, func-returns-value]
-
-    async def finish(job: Any, run: Any) -> None:
-        queue.done.set()
-
     lane = DeviceLane("training", device, ahead=0)
-    trainer = Trainer(
-        queue,  # type: ignore[arg-type]
-        pool,
-        start_job=lambda job, path, held_out: run,
-        finish_job=finish,
-        order=FirstCome(),
-        max_running=1,
-        lane=lane,
-        memory_lane=DeviceLane("memory", Device(), ahead=0),
-        on_change=lambda: trainer.wake(),
-    )
-    task = asyncio.create_task(trainer.run())
-    while not queue.done.is_set():
-        trainer.launch(1, lane)
-        await asyncio.sleep(0)
-        assert not task.done(), task.exception()
-    task.cancel()
+    trainer = trainer_of(queue, pool, run, lane)
+    await train(trainer, queue, lane=lane)
     assert happened == [
         "begin 0", "finish 0", "begin 1", "drop 1", "begin 0", "finish 0", "begin 1", "finish 1",
     ]  # fmt: skip

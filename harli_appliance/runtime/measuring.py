@@ -14,7 +14,7 @@ from typing import Any
 
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-from harli_appliance.runtime.projections_cpu import FewRowsHead, FewRowsLinear
+from harli_appliance.runtime.projections_cpu import FewRows
 from harli_appliance.runtime.sglang_runtime import SglangRuntime
 
 
@@ -83,7 +83,7 @@ class Projections:
 
     def __init__(self, runtime: SglangRuntime) -> None:
         found = (getattr(module, "quant_method", None) for module in runtime.model.modules())
-        methods = [method for method in found if isinstance(method, FewRowsLinear | FewRowsHead)]
+        methods = [method for method in found if isinstance(method, FewRows)]
         self._columns = [(method, method.columns) for method in methods]
 
     def use(self, *, ours: bool) -> None:

@@ -70,8 +70,8 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, columns: frozenset[i
     return linear(x, weight, bias)
 
 
-class FewRowsLinear(UnquantizedLinearMethod):  # type: ignore[misc]  # SGLang is untyped here
-    """In the place of the method of a linear layer."""
+class FewRows:
+    """What stands in the place of a plain layer's method."""
 
     def __init__(self, columns: frozenset[int]) -> None:
         super().__init__()
@@ -81,16 +81,13 @@ class FewRowsLinear(UnquantizedLinearMethod):  # type: ignore[misc]  # SGLang is
         return project(x, layer.weight, bias, self.columns)
 
 
-class FewRowsHead(UnquantizedEmbeddingMethod):  # type: ignore[misc]
-    """In the place of the method of an embedding that also gives the logits; SGLang asks it because its name is
-    not that of a method without quantization."""
+class FewRowsLinear(FewRows, UnquantizedLinearMethod):  # type: ignore[misc]  # SGLang is untyped here
+    """Of a linear layer."""
 
-    def __init__(self, columns: frozenset[int]) -> None:
-        super().__init__()
-        self.columns = columns
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return project(x, layer.weight, bias, self.columns)
+class FewRowsHead(FewRows, UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    """Of an embedding that also gives the logits; SGLang asks it because its name is not that of a method without
+    quantization."""
 
 
 def install(model: nn.Module) -> None:

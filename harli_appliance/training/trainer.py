@@ -361,10 +361,11 @@ class Trainer:
                     return False
                 if self._window is not None and batch.fusible_tokens:  # not run yet: it may be cut anew
                     unit = batch.next_unit(self._window, run.layers) or unit
-                place, worked, whole = self._place, batch.worked, self._window is None
+                place, worked = self._place, batch.worked
+                trains = self._window is None and not run.evaluating
                 took_ms = await self._execute(active, unit)
                 begun.spent += Spent(took_ms, unit.credit)
-                if whole:
+                if trains:
                     self._pace.ran(batch.worked - worked, took_ms / 1e3, place)
             await self._at_home(active, partial(run.finish, index, batch))
             active.spent += begun.spent
