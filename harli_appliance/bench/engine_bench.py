@@ -13,9 +13,9 @@ from rich.console import Console
 from harli_appliance.bench.compare_plan import ComparePlan
 from harli_appliance.bench.demo import INTERRUPTED
 from harli_appliance.bench.engine_process import fetch_model, scratch_home, work_in_engine
-from harli_appliance.bench.progress import Narrator, Steps, tell_failure
+from harli_appliance.bench.progress import Narrator, Steps, make_out, tell_failure
 from harli_appliance.config import Settings, load_settings
-from harli_appliance.errors import ConfigError, HarliError
+from harli_appliance.errors import HarliError
 
 
 def measure_in_engine(
@@ -42,10 +42,7 @@ def measure_in_engine(
     settings = settings or load_settings()
     try:
         plan.load_trace()
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{error.filename}: {error.strerror}; choose another --out") from error
+        make_out(out)
         with Narrator(errors) as narrator, scratch_home(settings) as home:
             folder = fetch_model(plan.model, settings, narrator)
             task = {

@@ -1,16 +1,17 @@
-"""Tells on stderr what a long run is doing: live bars in a terminal, plain lines elsewhere."""
+"""What long runs share: telling on stderr what they do, live or in lines, why they failed, and their folder."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from harli_appliance.errors import HarliError
+from harli_appliance.errors import ConfigError, HarliError
 
 _PLAIN_EVERY_S = 15.0
 
@@ -113,3 +114,15 @@ class Steps:
         if self._step is not None:
             self._step.end()
             self._step = None
+
+
+def make_out(folder: Path) -> None:
+    """Make the folder that results are written to.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}; choose another --out") from error

@@ -22,9 +22,8 @@ from harli_appliance import __version__
 from harli_appliance.bench.goals import Goal, judged, rounded, told
 from harli_appliance.bench.machine import describe_machine
 from harli_appliance.bench.part import measure_part
-from harli_appliance.bench.progress import Narrator
+from harli_appliance.bench.progress import Narrator, make_out
 from harli_appliance.config import Settings, load_settings
-from harli_appliance.errors import ConfigError
 from harli_appliance.models.catalog import resolve_model
 
 MODEL = "smollm2-135m-instruct"
@@ -68,10 +67,7 @@ def run(out: Path, json_output: bool, *, settings: Settings | None = None) -> in
 
 def _measure(out: Path, settings: Settings, errors: Console) -> dict[str, Any]:
     began = time.monotonic()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{error.filename}: {error.strerror}; choose another --out") from error
+    make_out(out)
     with Narrator(errors) as narrator, tempfile.TemporaryDirectory(prefix="harli-bench-") as scratch:
         with narrator.step(f"Model {MODEL}"):
             model = resolve_model(MODEL, settings)
