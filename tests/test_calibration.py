@@ -31,7 +31,7 @@ class CountedRuntime:
         self.prompts[submission.id] = len(submission.prompt)
         self.answers[submission.id] = submission.sampling.max_tokens
 
-    def plan(self) -> StepPlan | None:
+    def plan(self, *, prompts: bool = True) -> StepPlan | None:
         if self.prompts:
             name, left = next(iter(self.prompts.items()))
             tokens = min(left, CHUNK)

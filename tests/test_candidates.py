@@ -9,7 +9,6 @@ import pytest
 
 from harli_appliance.scheduling.policies import Situation, make_policy
 from harli_appliance.scheduling.policies.candidates import MOST_UNITS, Room, cheapest
-from harli_appliance.scheduling.policies.stalls import RECENT, UNKNOWN_SHARE, Stalls
 from harli_appliance.scheduling.types import Bound, Decision, Outlook, Split, Step
 
 SMALL, HALF = Split("small", 0.25, 0.75), Split("half", 0.5, 0.5)
@@ -103,20 +102,3 @@ def test_adaptive_chooses_so_where_there_are_several_splits(step: Step) -> None:
     found = policy.decide(now, Costs())
     assert found.mode == ("pause" if step is PROMPT else "partition")
     assert found.split in (None, SMALL)
-
-
-def test_stalls_are_stretches_of_prompts() -> None:
-    stalls = Stalls()
-    assert stalls.next_ms(0.9, 20.0) == UNKNOWN_SHARE * 20.0
-    for length in range(1, 11):
-        for _ in range(length):
-            stalls.see(PROMPT, Bound(5.0, 6.0))
-        stalls.see(DECODE, Bound(8.0, 9.0))
-        stalls.see(DECODE, Bound(8.0, 9.0))
-    assert stalls.next_ms(0.0, 20.0) == 5.0
-    assert stalls.next_ms(0.5, 20.0) == 30.0
-    assert stalls.next_ms(1.0, 20.0) == 50.0
-    for _ in range(RECENT):
-        stalls.see(PROMPT, Bound(5.0, 6.0))
-        stalls.see(DECODE, Bound(8.0, 9.0))
-    assert stalls.next_ms(1.0, 20.0) == 5.0, "old ones are forgotten"

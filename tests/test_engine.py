@@ -25,7 +25,7 @@ from harli_appliance.runtime.protocol import (
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.scheduling.slo import SloTracker
-from harli_appliance.scheduling.types import Outlook
+from harli_appliance.scheduling.types import Outlook, Queue
 
 
 class ScriptedRuntime:
@@ -38,6 +38,7 @@ class ScriptedRuntime:
         self.ended: list[NewTokens] = []
         self.break_on: str | None = None
         self.blocked: Callable[[], bool] = lambda: False
+        self.prompts: list[bool] = []
 
     def check(self, submission: Submission) -> None:
         if max(submission.prompt, default=0) >= 1000:
@@ -52,7 +53,8 @@ class ScriptedRuntime:
         if self.live.pop(request_id, None):
             self.ended.append(NewTokens(request_id, (), "abort", error="Aborted"))
 
-    def plan(self) -> StepPlan | None:
+    def plan(self, *, prompts: bool = True) -> StepPlan | None:
+        self.prompts.append(prompts)
         if not self.live or self.blocked():
             return None
         return StepPlan("decode", tuple(self.live), 0, 10, None)
@@ -247,3 +249,20 @@ async def test_requests_that_wait_for_others_are_looked_at_again(rig: Rig) -> No
     looks = iter(range(20))
     runtime.blocked = lambda: next(looks, None) is not None
     assert await asyncio.wait_for(tokens(engine, ask("patient")), 10) == [0, 1, 2, 3, 4]
+
+
+async def test_prompts_are_held_when_the_policy_says_so(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, runtime, _ = rig
+    queues: list[Queue | None] = []
+
+    def admits(queue: Queue | None, outlook: Outlook) -> str:
+        queues.append(queue)
+        return "answers" if len(queues) % 2 else "all"
+
+    monkeypatch.setattr(engine._scheduler, "admits", admits)
+    assert await tokens(engine, ask("held", 3)) == [0, 1, 2]
+    assert {*runtime.prompts[1::2]} != {*runtime.prompts[2::2]}, "it alternates as the policy does"
+    waiting = [queue for queue in queues if queue is not None]
+    assert waiting[0].answering == []
+    assert 0 < waiting[0].patience_ms <= 500, "half of the promised second"
+    assert any(queue is None for queue in queues), "its first token is there"

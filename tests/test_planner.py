@@ -161,6 +161,25 @@ def test_every_token_is_accounted_for() -> None:
     assert (requests.reserved, requests.present, requests.running) == (0, 0, 0)
 
 
+def test_held_prompts_wait_while_answers_go_on() -> None:
+    requests = SimulatedRequests(10_000, Limits(chunk_tokens=100))
+    for name in ("a", "b"):
+        requests.submit(name, TraceRequest(0.0, 150, 3))
+
+    def next_step(*, prompts: bool) -> tuple[str, int]:
+        work = requests.plan(lambda _: True, prompts=prompts)
+        assert work is not None
+        requests.complete()
+        return work.step.kind, work.step.prefill_tokens
+
+    assert next_step(prompts=False) == ("prefill", 100), "there is no answer to go on with"
+    assert next_step(prompts=True) == ("prefill", 100), "the rest of the first, and a part of the second"
+    assert next_step(prompts=False) == ("decode", 0)
+    assert next_step(prompts=True) == ("prefill", 100)
+    assert next_step(prompts=False) == ("decode", 0)
+    assert requests.running == 1, "the first has ended"
+
+
 def test_a_request_that_can_never_fit_is_refused() -> None:
     requests = SimulatedRequests(1000, Limits())
     assert not requests.submit("long", TraceRequest(0.0, 900, 200))

@@ -72,6 +72,38 @@ def test_a_shared_prefix_is_taken_from_the_cache(serving: Serving, reference: An
     assert tokens_of(brought["prefix-2"]) == greedy(reference, second, 8)
 
 
+def test_prompts_that_are_held_change_no_token(serving: Serving, reference: Any) -> None:
+    """A prompt of several chunks is held before its first, between two, and once more."""
+    first, second = prompt(70, 40), prompt(71, 300)
+
+    def run() -> tuple[list[str], dict[str, list[int]]]:
+        runtime, kinds = serving.runtime, []
+        brought: dict[str, list[int]] = {"first": [], "second": []}
+
+        def step(*, prompts: bool) -> bool:
+            plan = runtime.plan(prompts=prompts)
+            if plan is not None:
+                kinds.append(plan.kind)
+                for item in runtime.execute(plan).tokens:
+                    brought[item.request] += item.tokens
+            return plan is not None
+
+        runtime.submit(Submission("first", first, Sampling(max_tokens=12, ignore_eos=True)))
+        step(prompts=False)  # nothing else can run
+        runtime.submit(Submission("second", second, Sampling(max_tokens=6, ignore_eos=True)))
+        for prompts in (False, False, True, False, False, True, False):
+            step(prompts=prompts)
+        while step(prompts=False):
+            pass
+        assert serving.slots.counts().serving == 0
+        return kinds, brought
+
+    kinds, brought = serving.lane.submit(run).result()
+    read, answered = "prefill", "decode"
+    assert kinds[:8] == [read, answered, answered, read, answered, answered, read, answered]
+    assert brought == {"first": greedy(reference, first, 12), "second": greedy(reference, second, 6)}
+
+
 def test_an_aborted_request_ends_and_its_slots_are_free(serving: Serving) -> None:
     def run() -> tuple[int, int, list[NewTokens]]:
         runtime = serving.runtime

@@ -105,10 +105,10 @@ def test_it_adapts_when_the_device_becomes_slower() -> None:
 
 def test_only_train_only_keeps_requests_waiting() -> None:
     scheduler = Scheduler(Predictor(), "adaptive")
-    assert scheduler.admits(READY)
+    assert scheduler.admits(None, READY) == "all"
     scheduler.use("train_only")
-    assert not scheduler.admits(READY)
-    assert scheduler.admits(IDLE)
+    assert scheduler.admits(None, READY) == "none"
+    assert scheduler.admits(None, IDLE) == "all"
 
 
 def test_a_request_banks_what_it_gained() -> None:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harli_appliance.scheduling.answers import RECENT, AnswerLengths
 from harli_appliance.scheduling.deadlines import Deadlines
-from harli_appliance.scheduling.slo import RequestTiming, SloTracker, Target
+from harli_appliance.scheduling.slo import PATIENCE, RequestTiming, SloTracker, Target
 
 NAMES = st.sampled_from("abcdefgh")
 EVENTS = st.lists(
@@ -106,3 +107,44 @@ def test_a_new_promise_to_the_standard_class_leaves_the_others_alone() -> None:
     assert slo.slack_ms(0.0) == 200
     slo.ended("s", "aborted")
     assert slo.slack_ms(0.0) == 500
+
+
+def test_the_queue_tells_who_waits_and_what_answers_have_left() -> None:
+    slo = SloTracker(100, 1000, {"batch": Target(200, 9000)})
+    for index, tokens in enumerate((5, 20, 20, 30)):  # answers that ended
+        slo.arrived(f"old-{index}", 0.0)
+        slo.produced(f"old-{index}", tokens, 0.0)
+        slo.ended(f"old-{index}", "finished")
+    slo.arrived("a", 0.0)
+    slo.arrived("b", 0.0, "batch")
+    slo.produced("a", 1, 0.5)
+    slo.produced("b", 10, 0.5)
+    slo.decoded(0.6)
+    assert slo.queue(0.6) is None, "nobody waits for a first token"
+    slo.arrived("late", 0.7)
+    slo.arrived("later", 0.8, "batch")
+    found = slo.queue(0.8)
+    assert found is not None
+    assert found.patience_ms == pytest.approx(1e3 * (0.7 + PATIENCE * 1.0 - 0.8))
+    slack, left, tpot = zip(*found.answering, strict=True)
+    assert slack == pytest.approx((500 + 2 * 100 - 800, 500 + 11 * 200 - 800))
+    assert left == (5 - 2, 20 - 11)
+    assert tpot == (100, 200)
+    slo.ended("late", "aborted")
+    found = slo.queue(0.8)
+    assert found is not None
+    assert found.patience_ms == pytest.approx(1e3 * PATIENCE * 9.0)
+
+
+def test_answers_are_taken_to_be_as_long_as_nearly_all_that_got_so_far() -> None:
+    lengths = AnswerLengths()
+    assert lengths.left(3) == 0, "nothing is known"
+    for tokens in range(1, 101):
+        lengths.add(tokens)
+    assert lengths.left(0) == 11
+    assert lengths.left(50) == 6
+    assert lengths.left(99) == 1
+    assert lengths.left(100) == 0
+    for _ in range(RECENT):
+        lengths.add(7)
+    assert (lengths.left(2), lengths.left(7)) == (5, 0), "old ones are forgotten"

@@ -162,7 +162,8 @@ class Engine:
     async def _tick(self) -> None:
         self._work.clear()
         outlook = self._trainer.outlook()
-        plan = await self._plan() if self._scheduler.admits(outlook) else None
+        admission = self._scheduler.admits(self.slo.queue(time.perf_counter()), outlook)
+        plan = await self._plan(prompts=admission == "all") if admission != "none" else None
         self._deliver_refused()
         step = step_of(plan) if plan is not None else None
         slack = self.slo.slack_ms(time.perf_counter())
@@ -198,9 +199,13 @@ class Engine:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._work.wait(), STALL_S if self._depth.waiting else None)
 
-    async def _plan(self) -> StepPlan | None:
-        """The next step; slots that it may need are taken back from training first."""
-        admitted = await self._inference.run(self._admit_and_plan, True)
+    async def _plan(self, *, prompts: bool) -> StepPlan | None:
+        """The next step; slots that it may need are taken back from training first.
+
+        Args:
+            prompts: whether it may read prompts while there are answers to go on with.
+        """
+        admitted = await self._inference.run(self._admit_and_plan, prompts, True)
         shortage = admitted.shortage
         if admitted.plan is None and self._depth.waiting:
             # Requests wait though the forecast saw enough: the runtime's own admission is stricter. Serving
@@ -209,10 +214,10 @@ class Engine:
         if shortage:
             for lease in self._pool.revoke(shortage):
                 await lease.released()
-            admitted = await self._inference.run(self._admit_and_plan, False)
+            admitted = await self._inference.run(self._admit_and_plan, prompts, False)
         return admitted.plan
 
-    def _admit_and_plan(self, reclaim: bool) -> _Admitted:
+    def _admit_and_plan(self, prompts: bool, reclaim: bool) -> _Admitted:
         """On the inference lane: requests in and out, slots settled, the next batch.
 
         Args:
@@ -229,7 +234,7 @@ class Engine:
             self._runtime.abort(self._aborts.popleft())
         self._pool.settle()
         shortage = self._pool.shortage() if reclaim else 0
-        plan = self._runtime.plan() if shortage == 0 else None
+        plan = self._runtime.plan(prompts=prompts) if shortage == 0 else None
         self._refused.extend(self._runtime.drain())
         self._depth = self._runtime.depth()
         self._pool_use = self._pool.use()

@@ -78,14 +78,17 @@ class SimulatedRequests:
 
     # -- a step ------------------------------------------------------------------------------------------
 
-    def plan(self, make_room: Callable[[int], bool]) -> StepWork | None:
+    def plan(self, make_room: Callable[[int], bool], *, prompts: bool = True) -> StepWork | None:
         """The next step, or None when nothing can run.
 
         Args:
             make_room: asked for a number of slots that serving needs in all; False when it cannot have them.
+            prompts: whether prompts may be read while there are answers to go on with.
         """
         self._parts = []
-        left, pairs, rows = self._limits.chunk_tokens, 0.0, 0
+        left, pairs, rows, read = self._limits.chunk_tokens, 0.0, 0, 0
+        if not prompts and self.running:
+            left = 0
         while left > 0 and (reading := self._reading or self._admit(make_room)) is not None:
             name, request, done = reading
             tokens = min(left, request.prompt_tokens - done)
@@ -94,9 +97,10 @@ class SimulatedRequests:
             pairs += tokens * (done + tokens / 2)
             rows += done + tokens
             left -= tokens
+            read += tokens
             self._reading = None if last else (name, request, done + tokens)
         if self._parts:
-            step = Step("prefill", len(self._parts), rows, self._limits.chunk_tokens - left)
+            step = Step("prefill", len(self._parts), rows, read)
             return StepWork(step, pairs)
         if self.running == 0:
             return None

@@ -92,7 +92,9 @@ class SimulatedServer:
 
     def _held(self) -> bool:
         """Whether requests wait for training to end, which it never does here."""
-        return self.training is not None and not self._scheduler.admits(self.training.outlook())
+        if self.training is None:
+            return False
+        return self._scheduler.admits(self._slo.queue(self.now), self.training.outlook()) == "none"
 
     # -- a tick ------------------------------------------------------------------------------------------
 
@@ -101,10 +103,10 @@ class SimulatedServer:
         if training is not None and not training.leased:
             training.leased = self._requests.wanted + training.slots + self._watermark <= self._device.slots
         outlook = training.outlook() if training is not None else NOTHING
-        admits = self._scheduler.admits(outlook)
-        if admits and self._decode_only:
+        admits = self._scheduler.admits(self._slo.queue(self.now), outlook)
+        if admits != "none" and self._decode_only:
             self._deliver(*self._requests.join(self._make_room))
-        work = self._requests.plan(self._make_room) if admits else None
+        work = self._requests.plan(self._make_room, prompts=admits == "all") if admits != "none" else None
         if training is not None and outlook.ready and not training.leased:
             outlook = training.outlook()  # planning took its slots back
         slack = self._slo.slack_ms(self.now)

@@ -127,8 +127,12 @@ class Runtime(Protocol):
         """End a request wherever it is; its slots are free after the next step. `drain` or a step tells."""
         ...
 
-    def plan(self) -> StepPlan | None:
-        """The next step, None when there is nothing to do; allocates the step's KV slots."""
+    def plan(self, *, prompts: bool = True) -> StepPlan | None:
+        """The next step, None when there is nothing to do; allocates the step's KV slots.
+
+        Args:
+            prompts: whether it may read prompts. When not, it does so only if no answer can go on.
+        """
         ...
 
     def execute(self, plan: StepPlan) -> StepOutcome:

@@ -88,6 +88,13 @@ class _NoStreamer(SchedulerOutputStreamer):  # type: ignore[misc]  # SGLang is u
 
 
 class _Scheduler(Scheduler):  # type: ignore[misc]
+    hold_prompts = False
+    """Whether the next batch must not read prompts; one half read stays as it is."""
+
+    def _should_defer_prefill(self) -> bool:
+        # A request that was taken back is in the queue too, and its answer is under way.
+        return self.hold_prompts and not any(request.output_ids for request in self.waiting_queue)
+
     def get_output_streamer_class(self) -> type[SchedulerOutputStreamer]:
         return _NoStreamer
 
@@ -228,15 +235,15 @@ class SglangRuntime:
 
     # -- stepping ------------------------------------------------------------------------------------
 
-    def plan(self) -> StepPlan | None:
+    def plan(self, *, prompts: bool = True) -> StepPlan | None:
         scheduler = self._scheduler
-        with torch.inference_mode():
-            following = scheduler.get_next_batch_to_run(
-                running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
-            )
-        scheduler.running_batch = following.running_batch
-        batch = following.batch_to_run
-        scheduler.cur_batch_for_debug = batch
+        batch = None
+        if not prompts:
+            batch = self._next_batch(hold_prompts=True)
+            if batch is None:
+                scheduler.last_batch = None  # is in the running batch by now
+        if batch is None:
+            batch = self._next_batch(hold_prompts=False)
         if batch is None:
             with torch.inference_mode():
                 scheduler.on_idle()  # includes SGLang's own check that no slot leaked
@@ -250,6 +257,17 @@ class SglangRuntime:
             context_tokens=int(batch.seq_lens_cpu.sum()),
             handle=batch,
         )
+
+    def _next_batch(self, *, hold_prompts: bool) -> Any:
+        scheduler = self._scheduler
+        scheduler.hold_prompts = hold_prompts
+        with torch.inference_mode():
+            following = scheduler.get_next_batch_to_run(
+                running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
+            )
+        scheduler.running_batch = following.running_batch
+        scheduler.cur_batch_for_debug = following.batch_to_run
+        return following.batch_to_run
 
     def execute(self, plan: StepPlan) -> StepOutcome:
         """Run the planned batch and collect its tokens."""

@@ -19,6 +19,9 @@ class Deadlines:
         self._keys: dict[str, float] = {}
         self._heap: list[tuple[float, str]] = []
 
+    def __len__(self) -> int:
+        return len(self._keys)
+
     def set(self, name: str, due: float) -> None:
         """Add `name`, or change when it is due."""
         key = due - self._moves * self._interval

@@ -12,13 +12,14 @@ from harli_appliance.errors import UsageError
 
 _TURNS = "trains one micro-batch after every {} steps, whatever the deadlines"
 POLICIES: Final = {
-    "adaptive": "trains beside answers while tokens come faster than promised, or slack is banked",
+    "adaptive": "trains beside answers that come faster than promised; prompts wait that would make them late",
     "harli": "trains beside a step whose predicted time fits the promise (arXiv 2511.11729)",
     "naive": "always trains beside answers; nothing is predicted",
     "static": "always trains, on one split of the device that never changes",
     "flexllm": "puts a fixed number of training tokens into every step (arXiv 2402.18789)",
     "llmstation": "runs a fixed piece of training beside every step, and waits for both",
     "adaptive-no-predictor": "trains beside answers while none is behind; nothing is predicted",
+    "adaptive-no-holding": "as adaptive, but prompts are read as soon as they arrive",
     "adaptive-no-partitions": "as time_slice: what is left of adaptive where both cannot run at once",
     "time_slice": "trains between steps, as much as the deadlines leave",
     "time_slice:64": _TURNS.format(64),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from harli_appliance.scheduling.policies import Policy, Situation, make_policy
 from harli_appliance.scheduling.predictor import Predictor
-from harli_appliance.scheduling.types import Decision, Outlook, Split, Step
+from harli_appliance.scheduling.types import Admission, Decision, Outlook, Queue, Split, Step
 
 
 class Scheduler:
@@ -39,9 +39,13 @@ class Scheduler:
         self.policy_name = policy
         self._ended = self._missed = 0
 
-    def admits(self, outlook: Outlook) -> bool:
-        """Whether requests may be planned now."""
-        return not (self._policy.holds_requests and outlook.ready)
+    def admits(self, queue: Queue | None, outlook: Outlook) -> Admission:
+        """Which requests the next step may be planned from.
+
+        Args:
+            queue: None when no prompt waits.
+        """
+        return self._policy.admits(queue, outlook, self.predictor)
 
     def decide(self, step: Step | None, slack_ms: float, tpot_ms: float, outlook: Outlook) -> Decision:
         """What this tick does; the fields of `Situation`."""

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from harli_appliance.scheduling.answers import AnswerLengths
 from harli_appliance.scheduling.deadlines import Deadlines
+from harli_appliance.scheduling.types import Answering, Queue
 from harli_appliance.schema import SloClass
 
 WINDOW = 512
 """Recent samples that percentiles and attainment are taken over."""
+PATIENCE = 0.5
+"""Share of the time promised for its first token for which a prompt may be kept waiting for the sake of others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,7 @@ class SloTracker:
         self._live: dict[str, _Request] = {}
         self._rounds = 0
         self._round_at = 0.0
+        self._lengths = AnswerLengths()
 
     # -- the promise -----------------------------------------------------------------------------------
 
@@ -157,6 +162,24 @@ class SloTracker:
             if ledger.live:
                 due = min(due, ledger.waiting.earliest(), ledger.running.earliest())
         return (due - now) * 1e3
+
+    def queue(self, now: float) -> Queue | None:
+        """What waits and what a prompt would hold up; None when no request waits for its first token."""
+        patience, waits = math.inf, False
+        for ledger in self.classes.values():
+            if ledger.waiting:
+                waits = True
+                kept = (1.0 - PATIENCE) * ledger.target.ttft_ms / 1e3
+                patience = min(patience, ledger.waiting.earliest() - kept - now)
+        return Queue(1e3 * patience, [*self._answering(now)]) if waits else None
+
+    def _answering(self, now: float) -> Iterator[Answering]:
+        for entry in self._live.values():
+            if entry.first is not None:
+                tokens = entry.tokens + self._rounds - entry.round
+                tpot_ms = entry.ledger.target.tpot_ms
+                slack_ms = 1e3 * (entry.first - now) + tokens * tpot_ms
+                yield Answering(slack_ms, self._lengths.left(tokens), tpot_ms)
 
     # -- a request's life ------------------------------------------------------------------------------
 
@@ -216,6 +239,8 @@ class SloTracker:
         ledger.running.discard(request)
         self._settle(entry)
         timing = _timing(entry, how)
+        if how == "finished":
+            self._lengths.add(entry.tokens)
         self.failed += how == "failed"
         if timing.tpot_ms is not None:
             self.tpot.add(timing.tpot_ms)

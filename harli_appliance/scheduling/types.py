@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from harli_appliance.scheduling.reasons import Reason
 from harli_appliance.schema import Mode
@@ -57,6 +58,39 @@ class Outlook:
     unit_tokens: int = 0
     micro_batch_units: int = 0
     fusible_tokens: int = 0
+
+
+class Answering(NamedTuple):
+    """A request that has its first token.
+
+    Attributes:
+        slack_ms: time until its next token is due.
+        left: tokens that are still to come in nearly every such case, >= 0.
+        tpot_ms: what it is promised per token.
+    """
+
+    slack_ms: float
+    left: int
+    tpot_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What stands between two steps, while prompts wait or are half read.
+
+    Attributes:
+        patience_ms: time until one of them has used up the share of its promised time to the first token
+            (`slo.PATIENCE`) for which it may be kept waiting.
+        answering: requests whose tokens a prompt would hold up.
+    """
+
+    patience_ms: float
+    answering: Sequence[Answering]
+
+
+Admission = Literal["all", "answers", "none"]
+"""Which requests the next step may be planned from: all; those that have their first token, while prompts wait; or
+none, while training has the device."""
 
 
 @dataclass(frozen=True, slots=True)

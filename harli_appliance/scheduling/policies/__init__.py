@@ -31,6 +31,7 @@ _MAKE: dict[str, Callable[[Splits], Policy]] = {
     "flexllm": lambda _: FlexLlm(),
     "llmstation": lambda _: LlmStation(),
     "adaptive-no-predictor": lambda _: Reactive(),
+    "adaptive-no-holding": lambda splits: Adaptive(splits, holds=False),
     "adaptive-no-partitions": lambda _: TimeSlice(),  # what is left of `adaptive` is to take turns
     "time_slice": lambda _: TimeSlice(),
     "time_slice:64": lambda _: EveryNSteps(64),

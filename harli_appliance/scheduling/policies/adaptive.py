@@ -1,17 +1,19 @@
-"""Training beside serving whenever requests stay, or come back, ahead of their deadlines.
+"""Training beside serving, and prompts, whenever requests stay or come back ahead of their deadlines.
 
-Requests bank what they gain on the promise (see `scheduling.slo`), and two rules say when a step may have
-training beside it. Both need the step's bound to fit the tightest deadline.
+Requests bank what they gain on the promise (see `scheduling.slo`), and three rules say who may use it.
 
-- *Keep pace*: with training beside it a token takes at most the promised time, less a margin. A token's time
-  is the decode step's plus what prompts take between two of them. Slack then grows all the time, so none has
-  to be there at first. The promise is a mean over many tokens, which is why it is compared with the expected
-  step and not with its bound. The margin follows the requests that missed.
-- *Spend slack*: what is banked beyond a reserve for the next prompt may be spent on steps that are slower
-  than that. Once it was spent, there must be room for a few such steps before it begins again.
+- *Hold prompts*: while a prompt is read, every answer under way stands still. It is read once these are far
+  enough ahead, counting a share of what they will gain until they end, or once it has waited for as long as it
+  may. While one waits, nothing else is spent.
+- *Keep pace*: a decode step may have training beside it that is expected to take at most the promised time, less a
+  margin. Slack then grows all the time, so none has to be there at first. The promise is a mean over many tokens,
+  which is why it is compared with the expected step and not with its bound. The margin follows the requests that
+  missed.
+- *Spend slack*: what is banked beyond a small reserve may be spent on steps that are slower than that. Once it was
+  spent, there must be room for a few such steps before it begins again.
 
-Among the splits of the device that a rule allows, the one on which training is fastest is taken; the second rule
-goes first, since it allows faster ones.
+Whatever runs, the step's bound must fit the tightest deadline. Among the splits of the device that a rule allows,
+the one on which training is fastest is taken; the last rule goes first, since it allows faster ones.
 """
 
 from __future__ import annotations
@@ -25,53 +27,84 @@ from harli_appliance.scheduling.policies.hysteresis import Hysteresis
 from harli_appliance.scheduling.policies.margin import MOST, Margin
 from harli_appliance.scheduling.policies.policy import Policy, Situation, beside, pause
 from harli_appliance.scheduling.policies.prompts import Prompts
-from harli_appliance.scheduling.policies.stalls import Stalls
-from harli_appliance.scheduling.types import Bound, Costs, Decision, Split, Step
+from harli_appliance.scheduling.types import Admission, Bound, Costs, Decision, Outlook, Queue, Split, Step
 
-CALM = 0.8
-"""Share of the stretches of prompts that the reserve holds while no request misses; all of them when many do."""
+COUNTED = 0.5
+"""Share of what an answer gains until it ends that is counted on for prompts while no request misses; none of it
+when many do."""
+RESERVE_TOKENS = 3.0
+"""Promised times per token that are not spent."""
 STEPS_IN_A_ROW = 4
 """Steps slower than the promise that the slack must hold before the first of them."""
 
 
 class Adaptive(Policy):
-    """Args: splits: ways to divide the device; (None,) where there is only one."""
+    """
+    Args:
+        splits: ways to divide the device; (None,) where there is only one.
+        holds: whether prompts may be held back.
+    """
 
-    def __init__(self, splits: Sequence[Split | None]) -> None:
+    def __init__(self, splits: Sequence[Split | None], *, holds: bool = True) -> None:
         self._splits = splits
+        self._several = [split for split in splits if split is not None]
+        self._holds = holds
+        self._held = False
+        self._decode: Bound | None = None
         self._prompts = Prompts()
         self._margin = Margin()
-        self._stalls = Stalls()
         self._spending = {split: Hysteresis() for split in splits}
-        self._token_ms = dict.fromkeys(splits, 0.0)
+
+    def admits(self, queue: Queue | None, outlook: Outlook, costs: Costs) -> Admission:
+        self._held = (
+            self._holds
+            and queue is not None
+            and self._decode is not None
+            and queue.patience_ms > 0.0
+            and self._too_close(queue, self._decode)
+        )
+        return "answers" if self._held else "all"
+
+    def _too_close(self, queue: Queue, decode: Bound) -> bool:
+        """Whether an answer that can keep its promise would not after the next prompt."""
+        needed = self._prompts.next_ms + decode.upper_ms
+        counted = COUNTED * (1.0 - self._margin.value / MOST)
+        for slack_ms, left, tpot_ms in queue.answering:
+            ahead = slack_ms + counted * left * max(0.0, tpot_ms - decode.expected_ms)
+            if 0.0 <= ahead < needed:
+                return True
+        return False
 
     def share(self, step: Step, now: Situation, costs: Costs) -> Decision:
         solo = costs.solo(step)
-        self._prompts.see(step, solo)
-        margin = self._margin.after(now.ended, now.missed)
-        several = [split for split in self._splits if split is not None]
-        if several and solo is not None:
-            pace_ms = now.tpot_ms * (1.0 - margin) - self._prompts.per_token_ms
-            self._stalls.see(step, solo)
-            reserve_ms = self._stalls.next_ms(CALM + (1.0 - CALM) * margin / MOST, now.tpot_ms)
-            room = Room(pace_ms, now.slack_ms - reserve_ms, now.slack_ms)
-            chosen = cheapest(step, solo, now, room, several, costs)
+        self._margin.see(now.ended, now.missed)
+        after_ms = 0.0
+        if step.kind == "prefill":
+            self._prompts.see(solo)
+            after_ms = self._decode.upper_ms if self._decode is not None else 0.0
+        elif solo is not None:
+            self._decode = solo
+            if self._held:
+                return pause("prompt_waits", solo)
+        slack_ms = now.slack_ms - after_ms
+        pace_ms = now.tpot_ms * (1.0 - self._margin.value)
+        spend_ms = slack_ms - RESERVE_TOKENS * now.tpot_ms
+        if self._several and solo is not None:
+            chosen = cheapest(step, solo, now, Room(pace_ms, spend_ms, slack_ms), self._several, costs)
             if chosen is not None:
                 return chosen
         known = self._fastest_training_first(step, costs)
         if not known:
             return pause("no_prediction", solo)
-        fitting = [(split, bound) for split, bound in known if bound.upper_ms <= now.slack_ms]
+        fitting = [(split, bound) for split, bound in known if bound.upper_ms <= slack_ms]
         if not fitting:
             return pause("corun_too_slow", solo)
-        if step.kind == "decode":
-            for split, bound in known:
-                self._token_ms[split] = bound.expected_ms + self._prompts.per_token_ms
         for split, bound in fitting:
-            if self._may_spend(split, bound, now):
+            slower_ms = STEPS_IN_A_ROW * max(0.0, bound.expected_ms - now.tpot_ms)
+            if self._spending[split].update(spend_ms - bound.upper_ms, slower_ms):
                 return beside("corun_spends_slack", bound, split)
         for split, bound in fitting:
-            if self._token_ms[split] <= now.tpot_ms * (1.0 - margin):
+            if bound.expected_ms <= pace_ms:
                 return beside("corun_keeps_pace", bound, split)
         return pause("keeps_reserve", solo)
 
@@ -85,11 +118,6 @@ class Adaptive(Policy):
         if len(known) > 1:
             known.sort(key=lambda found: _training_rate(found[0], costs), reverse=True)
         return known
-
-    def _may_spend(self, split: Split | None, bound: Bound, now: Situation) -> bool:
-        room = now.slack_ms - bound.upper_ms - self._prompts.next_ms(now.tpot_ms)
-        drain = max(0.0, self._token_ms[split] - now.tpot_ms)
-        return self._spending[split].update(room, STEPS_IN_A_ROW * drain)
 
 
 def _training_rate(split: Split | None, costs: Costs) -> float:

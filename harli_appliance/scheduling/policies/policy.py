@@ -9,10 +9,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 from harli_appliance.scheduling.reasons import Reason
-from harli_appliance.scheduling.types import UNLIMITED, Bound, Costs, Decision, Outlook, Split, Step
+from harli_appliance.scheduling.types import (
+    UNLIMITED,
+    Admission,
+    Bound,
+    Costs,
+    Decision,
+    Outlook,
+    Queue,
+    Split,
+    Step,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +47,9 @@ class Situation:
 class Policy(ABC):
     """The cases that every policy treats alike; `share` is what makes one."""
 
-    holds_requests: ClassVar[bool] = False
-    """Whether requests wait, without being planned, while training has work."""
+    def admits(self, queue: Queue | None, outlook: Outlook, costs: Costs) -> Admission:
+        """What the next step may be planned from; `queue` is None when no prompt waits."""
+        return "all"
 
     def decide(self, now: Situation, costs: Costs) -> Decision:
         if now.step is None:
