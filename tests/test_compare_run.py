@@ -6,7 +6,7 @@ import asyncio
 import csv
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from harli_appliance.bench.compare_report import print_summary, read_results, wr
 from harli_appliance.bench.compare_run import CompareRun
 from harli_appliance.bench.compare_store import CompareStore
 from harli_appliance.bench.exact_prompts import Prompts
+from harli_appliance.bench.session import LIGHT_ANSWERS, LIGHT_TOKENS
 from harli_appliance.bench.training_load import EXAMPLES, write_lesson
 from harli_appliance.client import StreamedText, StreamEnd
-from harli_appliance.errors import JobFailed, UsageError
+from harli_appliance.errors import ConfigError, JobFailed, UsageError
 from harli_appliance.schema import JobView, PolicyChange, Status, Timeline
 from tests.fakes import make_sample, make_status
 from tests.virtual_time import START, run_in_virtual_time
@@ -52,6 +53,7 @@ class MadeUpSystem:
     prompts: list[str] = field(default_factory=list)
     samples: int = 0
     lesson: str = ""
+    slower: Callable[[MadeUpSystem], float] = lambda _: 1.0
 
     async def stream_chat(
         self, model: str, messages: Sequence[Mapping[str, str]], **sampling: Any
@@ -66,7 +68,7 @@ class MadeUpSystem:
             for token in range(count):
                 if token:
                     step = STEP_S + PER_REQUEST_S * self.running
-                    await asyncio.sleep(step * SLOWDOWN.get(self.policy, 1.0))
+                    await asyncio.sleep(step * SLOWDOWN.get(self.policy, 1.0) * self.slower(self))
                 yield StreamedText("x ", time.perf_counter())
         finally:
             self.running -= 1
@@ -277,6 +279,63 @@ def test_it_goes_on_where_it_was(tmp_path: Path, prompts: Prompts, monkeypatch: 
     assert (tmp_path / "basis.json").read_text() == basis
     promised = [change.policy for change in system.changes if (change.slo_tpot_ms or 0) < 1e6]
     assert sorted(filter(None, promised)) == sorted(["naive"] * 2 + ["adaptive", "naive", "serve_only"] * 2)
+
+
+ONE_POLICY = PLAN.model_copy(
+    update={"slos": PLAN.slos[:1], "policies": ("adaptive",), "loads": (40,), "repetitions": 2}
+)
+
+
+def promised(system: MadeUpSystem) -> int:
+    """Runs that have begun."""
+    return sum((change.slo_tpot_ms or 0) < 1e6 for change in system.changes)
+
+
+def test_a_run_on_a_disturbed_machine_is_made_again(
+    tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looked: list[str] = []
+
+    def slower(system: MadeUpSystem) -> float:
+        """In the first run, and in the short answers right after it."""
+        if promised(system) != 1:
+            return 1.0
+        looked.extend([system.policy] * (system.policy == "serve_only"))
+        return 1.5 if len(looked) <= LIGHT_ANSWERS * (LIGHT_TOKENS - 1) else 1.0
+
+    system = MadeUpSystem(slower=slower)
+    report = compare(ONE_POLICY, tmp_path, prompts, monkeypatch, system)
+    assert promised(system) == 3
+    cell = report["policies"]["adaptive"]["40"]
+    assert [run["slowdown"] for run in cell["runs"]] == [pytest.approx(1.0, abs=0.01)] * 2
+    assert cell["disturbed"] == 0
+    assert cell["attainment"] == 1.0, "the attempt that counts is the undisturbed one"
+    assert report["probe_tpot_ms"] == pytest.approx(55.0)
+    print_summary(report)
+    assert "slower than when the promise was made" not in capsys.readouterr().out
+
+
+def test_a_machine_that_stays_slow_is_reported(
+    tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    system = MadeUpSystem(slower=lambda system: 1.3 + 0.1 * promised(system) if promised(system) else 1.0)
+    report = compare(ONE_POLICY, tmp_path, prompts, monkeypatch, system)
+    assert promised(system) == 6, "three tries for each of two runs"
+    cell = report["policies"]["adaptive"]["40"]
+    assert [run["slowdown"] for run in cell["runs"]] == [pytest.approx(v, abs=0.03) for v in (1.4, 1.7)], (
+        "the least disturbed attempt counts"
+    )
+    assert cell["disturbed"] == 2
+    write_results(CompareStore(tmp_path), ONE_POLICY, ONE_POLICY.load_trace(), "harli bench run")
+    assert "2 of them disturbed" in (tmp_path / "report.html").read_text()
+    print_summary(report)
+    assert "2 of 2 runs: the machine was over 15% slower" in capsys.readouterr().out
+
+
+def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "basis.json").write_text('{"light_tpot_ms": 55.0, "targets": [], "ladder": []}')
+    with pytest.raises(ConfigError, match=r"of another version .* choose another --out"):
+        CompareStore(tmp_path).basis()
 
 
 def test_a_promise_that_serving_alone_cannot_keep_is_said_before_any_run(

@@ -394,7 +394,7 @@ def test_a_measured_comparison_is_predicted(tmp_path: Path, capsys: pytest.Captu
     )  # fmt: skip
     store, target = CompareStore(tmp_path), SloTarget("400ms", 400.0, 5000.0, 1.5)
     store.begin(plan, resume=False)
-    store.keep_basis(Basis(70.0, 60.0, (target,), ()))
+    store.keep_basis(Basis(70.0, 60.0, (target,), (), 65.0))
     for asked in plan.runs():
         part = stretch(plan.load_trace(), plan, 0.9, 0)
         made = Scenario(two_cores(), asked.policy, part, "400ms", 400.0, 5000.0, 60, 0, plan.lead_s)

@@ -464,7 +464,7 @@ def test_holding_prompts_keeps_promises_that_serving_alone_breaks(
 ) -> None:
     ours, trained, first = serve(beside, tpot, rate, 3)
     assert ours >= 0.99
-    assert trained > 0.7
+    assert trained > 0.6
     assert first < TTFT / 1e3
     for other in ("serve_only", "adaptive-no-holding"):
         attainment, less, sooner = serve(beside, tpot, rate, 3, other)

@@ -21,11 +21,18 @@ def latency(features: tuple[float, ...], rng: random.Random, spread: float = 0.0
     return (20.0 + 5.0 * features[1]) * rng.lognormvariate(0.0, spread)
 
 
+def see(regime: Regime, features: tuple[float, ...], total: float) -> None:
+    bound = regime.bound(features)
+    if bound is not None:
+        regime.judge(total, bound)
+    regime.add(features, total)
+
+
 def taught(samples: int = 400, seed: int = 0) -> tuple[Regime, random.Random]:
     rng, regime = random.Random(seed), Regime(0.99)
     for _ in range(samples):
         features = (1.0, float(rng.randrange(1, 17)))
-        regime.add(features, latency(features, rng))
+        see(regime, features, latency(features, rng))
     return regime, rng
 
 
@@ -39,19 +46,19 @@ def test_the_share_of_steps_above_the_bound_is_the_promised_one(outliers: float)
         bound = regime.bound(features)
         assert bound is not None
         above += total > bound.upper_ms
-        regime.add(features, total)
+        see(regime, features, total)
     assert 0.003 <= above / 6000 <= 0.02
 
 
 def test_one_outlier_does_not_decide_the_bound_but_two_in_a_row_do() -> None:
     regime, rng = taught(1000)
     features = (1.0, 8.0)
-    regime.add(features, 5 * latency(features, rng))
+    see(regime, features, 5 * latency(features, rng))
     first = regime.bound(features)
     assert first is not None
     assert first.upper_ms < 1.5 * first.expected_ms
-    regime.add(features, 5 * latency(features, rng))
-    regime.add(features, 5 * latency(features, rng))
+    see(regime, features, 5 * latency(features, rng))
+    see(regime, features, 5 * latency(features, rng))
     third = regime.bound(features)
     assert third is not None
     assert third.upper_ms > 3 * third.expected_ms
@@ -67,7 +74,7 @@ def test_a_device_that_changes_is_followed_at_every_size_at_once(factor: float) 
         assert bound is not None
         total = factor * latency(features, rng)
         misses += total > bound.upper_ms
-        regime.add(features, total)
+        see(regime, features, total)
     assert misses <= 4, "the bound rises before the model does"
     elsewhere = regime.bound((1.0, 16.0))
     assert elsewhere is not None
@@ -91,7 +98,7 @@ def test_whatever_it_learned_bounds_are_finite_and_above_what_is_expected(
 ) -> None:
     regime = Regime(0.99)
     for batch, total in samples:
-        regime.add((1.0, batch), total)
+        see(regime, (1.0, batch), total)
         bound = regime.bound((1.0, batch))
         if bound is not None:
             assert 0 < bound.expected_ms <= bound.upper_ms < math.inf
@@ -139,3 +146,46 @@ def test_the_training_rate_is_an_average_for_each_split() -> None:
         predictor.observe_training(128.0, 2.0, split)
     assert predictor.training_rate(split) == pytest.approx(64.0)
     assert math.isnan(predictor.training_rate())
+
+
+def test_sizes_that_cost_more_than_their_neighbours_are_learned() -> None:
+    """As tiles do: three take as long as four."""
+    predictor, rng = Predictor(), random.Random(5)
+    for _ in range(400):
+        batch = rng.randrange(1, 9)
+        took = 20.0 * math.ceil(batch / 2) * rng.lognormvariate(0.0, 0.03)
+        predictor.observe(Step("decode", batch, 100 * batch), took)
+    for batch in range(1, 9):
+        bound = predictor.solo(Step("decode", batch, 100 * batch))
+        assert bound is not None
+        assert bound.expected_ms == pytest.approx(20.0 * math.ceil(batch / 2), rel=0.1)
+    unseen = predictor.solo(Step("decode", 12, 1200))
+    assert unseen is not None
+    assert unseen.expected_ms == pytest.approx(120.0, rel=0.15)
+
+
+def test_a_machine_that_is_slow_for_a_while_is_slow_for_all_kinds_of_steps() -> None:
+    predictor, prompt = Predictor(), Step("prefill", 1, 64, 64)
+    for _ in range(64):
+        predictor.observe(STEP, 50.0)
+        predictor.observe(STEP, 60.0, corun=True)
+        predictor.observe(prompt, 100.0)
+    usual = predictor.solo(prompt)
+    assert usual is not None
+    for _ in range(6):
+        predictor.observe(STEP, 90.0, corun=True)
+    assert predictor.pace == pytest.approx(1.5, rel=0.03)
+    slow = predictor.solo(prompt)
+    assert slow is not None
+    assert slow.expected_ms == pytest.approx(1.5 * usual.expected_ms, rel=0.03)
+    for _ in range(8):
+        predictor.observe(STEP, 50.0)
+    assert predictor.pace == pytest.approx(1.0, abs=0.02)
+    again = predictor.corun(STEP)
+    assert again is not None
+    assert again.expected_ms == pytest.approx(60.0, rel=0.02), "a burst is not what steps take"
+    predictor.observe(STEP, 5000.0)
+    assert predictor.pace < 1.3, "nor is one outlier"
+    restored = Predictor()
+    restored.restore(json.loads(json.dumps(predictor.state())))
+    assert restored.pace == 1.0

@@ -17,7 +17,7 @@ from rich.table import Table
 from harli_appliance.bench.compare_page import build_page
 from harli_appliance.bench.compare_plan import ComparePlan, Run, without_folders
 from harli_appliance.bench.compare_store import Basis, CompareStore, RunFile
-from harli_appliance.bench.comparison import build_report
+from harli_appliance.bench.comparison import DISTURBED, build_report
 from harli_appliance.bench.machine import describe_machine
 from harli_appliance.bench.report import write_report
 from harli_appliance.bench.traces import Trace
@@ -93,6 +93,8 @@ def _context(plan: ComparePlan, basis: Basis) -> dict[str, Any]:
         "sequence_tokens": plan.sequence_tokens,
         "seed": plan.seed,
         "light_tpot_ms": round(basis.light_tpot_ms, 3),
+        "probe_tpot_ms": round(basis.probe_ms, 3),
+        "disturbed_slowdown": DISTURBED,
         "train_alone_tokens_per_s": round(basis.train_alone_tokens_per_s, 3),
         "ladder": [asdict(rung) for rung in basis.ladder],
     }
@@ -134,6 +136,11 @@ def print_summary(report: Mapping[str, Any], console: Console | None = None) -> 
         console = Console(width=_PIPE_WIDTH, file=console.file)
     for section in report["slos"].values():
         console.print(_table(section))
+        cells = [cell for loads in section["policies"].values() for cell in loads.values()]
+        if disturbed := sum(cell["disturbed"] for cell in cells):
+            runs = sum(len(cell["runs"]) for cell in cells)
+            slower = f"{DISTURBED - 1:.0%} slower than when the promise was made"
+            console.print(f"{disturbed} of {runs} runs: the machine was over {slower}", soft_wrap=True)
         for load, verdict in section["verdicts"].items():
             line = f"load {load}%: adaptive {verdict['outcome']}: {verdict['text']}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -39,12 +39,14 @@ class Basis:
     Attributes:
         light_tpot_ms: p99 TPOT of serving alone, one request at a time.
         train_alone_tokens_per_s: finetuning with nobody to serve.
+        probe_ms: what serving alone took per token in a few short answers, which every run is checked against.
     """
 
     light_tpot_ms: float
     train_alone_tokens_per_s: float
     targets: tuple[SloTarget, ...]
     ladder: tuple[Rung, ...]
+    probe_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +132,17 @@ class CompareStore:
         found = self._read(BASIS)
         if found is None:
             return None
-        return Basis(
-            found["light_tpot_ms"],
-            found["train_alone_tokens_per_s"],
-            tuple(SloTarget(**target) for target in found["targets"]),
-            tuple(Rung(**rung) for rung in found["ladder"]),
-        )
+        try:
+            return Basis(
+                found["light_tpot_ms"],
+                found["train_alone_tokens_per_s"],
+                tuple(SloTarget(**target) for target in found["targets"]),
+                tuple(Rung(**rung) for rung in found["ladder"]),
+                found["probe_ms"],
+            )
+        except (KeyError, TypeError) as error:
+            path = self.folder / BASIS
+            raise ConfigError(f"{path}: is of another version ({error}); choose another --out") from error
 
     def keep_basis(self, basis: Basis) -> None:
         self._write(BASIS, asdict(basis))

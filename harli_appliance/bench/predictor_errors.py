@@ -98,6 +98,9 @@ def errors(learned: Iterable[Observed], held_out: Sequence[Observed], quantile: 
         predictor = Predictor(quantile)
         for observed in learned:
             observed.teach(predictor)
+        if not online:  # what the machine was like at the end of it is no knowledge of later steps
+            learnt, predictor = predictor.state(), Predictor(quantile)
+            predictor.restore(learnt)
         judged: list[tuple[Observed, Bound | None]] = []
         for observed in held_out:
             judged.append((observed, observed.bound(predictor)))

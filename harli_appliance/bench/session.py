@@ -6,6 +6,7 @@ Knows the system, prompts and the clock. What is replayed when, and what it mean
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from harli_appliance.schema import PolicyChange, Sample
 DRAIN_TIMEOUT_S: Final = 30.0
 FREE_SLO_MS: Final = 1e6
 """Where nothing is promised."""
+LIGHT_ANSWERS: Final = 3
+LIGHT_TOKENS: Final = 16
 _PROBE_WORDS: Final = 8
 
 Tell = Callable[[str, float | None, str], None]
@@ -78,6 +81,7 @@ class Session:
         self._seed = seed
         self._overhead = 0
         self._replays = 0
+        self._lights = 0
         self._seen = 0
 
     async def open(self) -> None:
@@ -118,6 +122,24 @@ class Session:
             raise EngineFault(f"serving alone failed: {failed or 'all answers are of one token'}")
         tell(title, 1.0, f"TPOT p99 {p99_tpot_ms(records):.1f} ms")
         return records
+
+    async def light_tpot_ms(self) -> float:
+        """Median TPOT of a few short answers, one after the other with nothing beside them: the same work every
+        time, which tells how fast the machine is now.
+
+        Raises:
+            EngineFault: one of them failed.
+        """
+        await self._drain()
+        self._lights += 1
+        found = []
+        for number in range(LIGHT_ANSWERS):
+            words = self._prompts.words(_PROBE_WORDS, f"{self._seed} light {self._lights} {number}")
+            record = await ask(self._system, self._model, PlannedRequest(0, 0.0, words, LIGHT_TOKENS))
+            if record.tpot_s is None:
+                raise EngineFault(f"serving alone failed: {record.error or 'an answer of one token'}")
+            found.append(1e3 * record.tpot_s)
+        return statistics.median(found)
 
     async def replay(
         self, trace: Trace, policy: str, tpot_ms: float = FREE_SLO_MS, *, lead_s: float, grace_s: float

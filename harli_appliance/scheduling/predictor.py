@@ -6,6 +6,10 @@ Two stages (Harli, arXiv 2511.11729, section on latency prediction), for each ki
 - co-run: ``t = solo + e``, where the slowdown e >= 0 is a non-negative linear function of the same features;
 - fused: ``t = solo + e`` with e convex and piecewise linear in the number of training tokens that ride along.
 
+A machine that is shared is slower for a second and fast again, all kinds of steps at once. What that makes of the
+next step is a factor on everything, the `pace`, which follows the newest steps; models learn what steps take
+without it.
+
 Each comes with an upper bound that steps exceed as rarely as promised (`regime.py`). What is not known is None.
 Pure Python where a decision waits for it.
 """
@@ -24,7 +28,11 @@ from harli_appliance.scheduling.types import Bound, Split, Step
 
 Stage = Literal["solo", "corun", "fused"]
 
-_VERSION = 3
+_VERSION = 4
+PACE_WEIGHT = 0.5
+"""Of the newest step in the pace."""
+PACE_STEP = 0.5
+"""Of the logarithm by which the newest step was off, so much counts at most: one outlier is no change of pace."""
 KNEES = (64.0, 128.0, 192.0, 256.0, 384.0)
 """Numbers of fused tokens at which their price may rise."""
 _RATE_WEIGHT = 0.05
@@ -44,6 +52,7 @@ class Predictor:
         self._quantile = quantile
         self._regimes: dict[tuple[Stage, str, str], Regime] = {}
         self._rates: dict[str, float] = {}
+        self._log_pace = 0.0
         self._errors: deque[float] = deque(maxlen=WINDOW)
         self._above: deque[bool] = deque(maxlen=WINDOW)
 
@@ -51,18 +60,15 @@ class Predictor:
 
     def solo(self, step: Step, split: Split | None = None) -> Bound | None:
         """The step alone; None until there are enough samples."""
-        regime = self._regimes.get(("solo", step.kind, _name(split)))
-        return regime.bound(_features(step)) if regime is not None else None
+        return self._now(self._bound("solo", step, split))
 
     def corun(self, step: Step, split: Split | None = None) -> Bound | None:
         """The step with a work unit beside it; None until both stages have enough samples."""
-        regime = self._regimes.get(("corun", step.kind, _name(split)))
-        return regime.bound(_features(step), self._alone(step, split)) if regime is not None else None
+        return self._now(self._bound("corun", step, split))
 
     def fused(self, step: Step, tokens: int) -> Bound | None:
         """The step with `tokens` training tokens in the same pass; None until it was seen often enough."""
-        regime = self._regimes.get(("fused", step.kind, ""))
-        return regime.bound(_fused_features(tokens), self._alone(step, None)) if regime is not None else None
+        return self._now(self._bound("fused", step, None, tokens))
 
     def training_rate(self, split: Split | None = None) -> float:
         """Tokens trained per second of the training lane's time beside serving on `split`; NaN unknown."""
@@ -88,18 +94,23 @@ class Predictor:
         if not math.isfinite(measured_ms) or measured_ms <= 0.0:
             return
         stage: Stage = "fused" if fused_tokens else "corun" if corun else "solo"
-        base = 0.0 if stage == "solo" else self._alone(step, split)
+        place = None if fused_tokens else split
+        base = 0.0 if stage == "solo" else self._alone(step, place)
         if not math.isfinite(base):
             return  # no first stage yet to measure the slowdown against
-        features = _fused_features(fused_tokens) if fused_tokens else _features(step)
-        key = (stage, step.kind, "" if fused_tokens else _name(split))
+        key = (stage, step.kind, _name(place))
         regime = self._regimes.get(key)
         if regime is None:
             regime = self._regimes[key] = Regime(self._quantile)
-        bound = regime.add(features, measured_ms, base)
-        if bound is not None:
-            self._errors.append(abs(bound.expected_ms - measured_ms) / measured_ms)
-            self._above.append(measured_ms > bound.upper_ms)
+        usual = self._bound(stage, step, place, fused_tokens)
+        if usual is not None:
+            predicted = self._at_pace(usual)
+            regime.judge(measured_ms, predicted)
+            self._errors.append(abs(predicted.expected_ms - measured_ms) / measured_ms)
+            self._above.append(measured_ms > predicted.upper_ms)
+            off = math.log(measured_ms / predicted.expected_ms)
+            self._log_pace += PACE_WEIGHT * min(PACE_STEP, max(-PACE_STEP, off))
+        regime.add(_features(step, fused_tokens), measured_ms / self.pace, base, _size(step))
 
     def observe_training(self, tokens: float, seconds: float, split: Split | None = None) -> None:
         """Learn how fast training goes: tokens done (parts count) in `seconds` of the training lane's time."""
@@ -109,9 +120,29 @@ class Predictor:
         before = self._rates.get(name, rate)
         self._rates[name] = before + _RATE_WEIGHT * (rate - before)
 
+    @property
+    def pace(self) -> float:
+        """How many times slower than usual the device is just now."""
+        return math.exp(self._log_pace)
+
+    def _now(self, usual: Bound | None) -> Bound | None:
+        return self._at_pace(usual) if usual is not None else None
+
+    def _at_pace(self, usual: Bound) -> Bound:
+        pace = self.pace
+        return Bound(pace * usual.expected_ms, pace * usual.upper_ms)
+
+    def _bound(self, stage: Stage, step: Step, split: Split | None, fused_tokens: int = 0) -> Bound | None:
+        """At the usual pace."""
+        regime = self._regimes.get((stage, step.kind, _name(split)))
+        if regime is None:
+            return None
+        base = 0.0 if stage == "solo" else self._alone(step, split)
+        return regime.bound(_features(step, fused_tokens), base, _size(step))
+
     def _alone(self, step: Step, split: Split | None) -> float:
         regime = self._regimes.get(("solo", step.kind, _name(split)))
-        return regime.expected(_features(step)) if regime is not None else math.nan
+        return regime.expected(_features(step), size=_size(step)) if regime is not None else math.nan
 
     # -- report and persistence -------------------------------------------------------------------------
 
@@ -148,13 +179,16 @@ class Predictor:
         self._rates.update(state["training_rates"])
 
 
-def _features(step: Step) -> Features:
+def _features(step: Step, fused_tokens: int = 0) -> Features:
+    """Of a fused step those of the training tokens, piecewise linear and convex: a step that waits for memory has
+    room for some tokens before they cost time."""
+    if fused_tokens:
+        return (1.0, float(fused_tokens), *(max(0.0, fused_tokens - knee) for knee in KNEES))
     return (1.0, float(step.batch), float(step.context_tokens), float(step.prefill_tokens))
 
 
-def _fused_features(tokens: int) -> Features:
-    """Piecewise linear and convex: a step that waits for memory has room for some tokens before they cost time."""
-    return (1.0, float(tokens), *(max(0.0, tokens - knee) for knee in KNEES))
+def _size(step: Step) -> int | None:
+    return step.batch if step.kind == "decode" else None
 
 
 def _name(split: Split | None) -> str:
