@@ -320,9 +320,9 @@ def test_a_machine_that_stays_slow_is_reported(
 ) -> None:
     system = MadeUpSystem(slower=lambda system: 1.3 + 0.1 * promised(system) if promised(system) else 1.0)
     report = compare(ONE_POLICY, tmp_path, prompts, monkeypatch, system)
-    assert promised(system) == 6, "three tries for each of two runs"
+    assert promised(system) == 4, "two tries for each of two runs"
     cell = report["policies"]["adaptive"]["40"]
-    assert [run["slowdown"] for run in cell["runs"]] == [pytest.approx(v, abs=0.03) for v in (1.4, 1.7)], (
+    assert [run["slowdown"] for run in cell["runs"]] == [pytest.approx(v, abs=0.03) for v in (1.4, 1.6)], (
         "the least disturbed attempt counts"
     )
     assert cell["disturbed"] == 2

@@ -35,7 +35,7 @@ MOST_LOWERED: Final = 5
 WARM_UP: Final = "naive"
 """Runs beside every step, so that the predictor learns what co-running costs before any policy asks."""
 WARM_UP_S: Final = 20.0
-WAITS: Final = 6
+WAITS: Final = 3
 WAIT_S: Final = 5.0
 """Before a run, for a machine that is disturbed."""
 
