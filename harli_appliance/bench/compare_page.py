@@ -215,9 +215,11 @@ def _method(report: Mapping[str, Any]) -> Words:
             "one was found at which serving alone breaks the promise, and lowered until serving alone kept it "
             "at the highest load in all parts of the trace. Serving and training then ran together once, so "
             "that the latency predictor knew this machine.",
-            "Before and after each run a few short answers were timed, with nothing beside them. When they took "
-            f"over {report['disturbed_slowdown'] - 1:.0%} longer than when the promise was made, the run was made "
-            f"again, up to {TRIES} times in all; the attempt with the least disturbance counts.",
+            "The machine may be shared, and faster at one time than at another. So short answers were timed "
+            "before each run, with nothing beside them. When they took a tenth longer than when the promise was "
+            "made, requests came a tenth slower in that run and a tenth more was promised, and all times that "
+            "were found were divided by as much: the clock goes with the machine. When it changed by more than "
+            f"{report['disturbed_change'] - 1:.0%} during the run, it was made again, up to {TRIES} times in all.",
             "Speeds are means over the repetitions with Student's t intervals; the difference to a rival is taken "
             "repetition by repetition. Attainment is over all requests of all repetitions, with Wilson's "
             "interval. With few requests it is wide: one miss in fewer than 100 is already less than 99%.",

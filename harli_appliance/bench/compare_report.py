@@ -94,7 +94,7 @@ def _context(plan: ComparePlan, basis: Basis) -> dict[str, Any]:
         "seed": plan.seed,
         "light_tpot_ms": round(basis.light_tpot_ms, 3),
         "probe_tpot_ms": round(basis.probe_ms, 3),
-        "disturbed_slowdown": DISTURBED,
+        "disturbed_change": DISTURBED,
         "train_alone_tokens_per_s": round(basis.train_alone_tokens_per_s, 3),
         "ladder": [asdict(rung) for rung in basis.ladder],
     }
@@ -139,8 +139,8 @@ def print_summary(report: Mapping[str, Any], console: Console | None = None) -> 
         cells = [cell for loads in section["policies"].values() for cell in loads.values()]
         if disturbed := sum(cell["disturbed"] for cell in cells):
             runs = sum(len(cell["runs"]) for cell in cells)
-            slower = f"{DISTURBED - 1:.0%} slower than when the promise was made"
-            console.print(f"{disturbed} of {runs} runs: the machine was over {slower}", soft_wrap=True)
+            changed = f"became over {DISTURBED - 1:.0%} faster or slower during the run"
+            console.print(f"{disturbed} of {runs} runs: the machine {changed}", soft_wrap=True)
         for load, verdict in section["verdicts"].items():
             line = f"load {load}%: adaptive {verdict['outcome']}: {verdict['text']}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ starts the system is in `compare`.
 from __future__ import annotations
 
 import asyncio
-import statistics
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,9 +35,8 @@ MOST_LOWERED: Final = 5
 WARM_UP: Final = "naive"
 """Runs beside every step, so that the predictor learns what co-running costs before any policy asks."""
 WARM_UP_S: Final = 20.0
-WAITS: Final = 3
-WAIT_S: Final = 5.0
-"""Before a run, for a machine that is disturbed."""
+SLOWEST: Final = 2.0
+"""The clock goes so many times slower or faster at most: beyond that something else is wrong."""
 
 
 class CompareRun:
@@ -71,7 +70,8 @@ class CompareRun:
         self._trace = trace
         self._store = store
         self._tell = tell
-        self._slowdown: float | None = None
+        self._probe_ms = 0.0
+        self._last_pace: float | None = None
         """At the end of the run before; None when there was none."""
 
     async def measure(self) -> None:
@@ -86,6 +86,7 @@ class CompareRun:
             basis = await self._measure_basis()
             self._store.keep_basis(basis)
         else:
+            self._probe_ms = basis.probe_ms
             await self._session.use("train_only")
             await self._session.training.start()
         targets = {target.label: target for target in basis.targets}
@@ -94,7 +95,7 @@ class CompareRun:
         for number, run in enumerate(runs):
             if not self._store.has(run):
                 self._tell("Runs", number / len(runs), run.title)
-                self._store.keep(run, await self._undisturbed(run, targets[run.slo], basis.probe_ms))
+                self._store.keep(run, await self._undisturbed(run, targets[run.slo]))
         self._tell("Runs", 1.0, f"{len(runs)} done")
 
     # -- what everything is relative to ------------------------------------------------------------------
@@ -102,13 +103,12 @@ class CompareRun:
     async def _measure_basis(self) -> Basis:
         plan = self._plan
         await self._session.use(REFERENCE)
-        probes = [await self._session.light_tpot_ms()]
+        self._probe_ms = await self._session.light_tpot_ms()
         light = await self._session.one_by_one(self._trace, plan.light_requests, self._tell)
         alone_ms = p99_tpot_ms(light)
         promises = self._promises(alone_ms)
         first = FIRST_RUNG * len(light) / sum(record.ended_at - record.sent_at for record in light)
         rungs = await climb(promises, first, plan.most_rungs, lambda rate: self._rung(rate, promises))
-        probes.append(await self._session.light_tpot_ms())
         targets = []
         for promise in promises:
             found = capacity(promise, rungs)
@@ -121,9 +121,7 @@ class CompareRun:
                 )
             found = await self._check_capacity(promise, found)
             targets.append(SloTarget(promise.label, promise.tpot_ms, plan.ttft_ms, found))
-        trained = await self._train_alone()
-        probes.append(await self._session.light_tpot_ms())
-        return Basis(alone_ms, trained, tuple(targets), tuple(rungs), statistics.median(probes))
+        return Basis(alone_ms, await self._train_alone(), tuple(targets), tuple(rungs), self._probe_ms)
 
     def _promises(self, alone_ms: float) -> list[Promise]:
         promises = [Promise(slo.label, slo.resolve(alone_ms)) for slo in self._plan.slos]
@@ -177,11 +175,12 @@ class CompareRun:
     async def _train_alone(self) -> float:
         """Tokens per second of training with nobody to serve."""
         self._tell("Training alone", None, "")
+        pace = await self._measure_pace()
         await self._session.use("train_only")
         await self._session.training.start()
         before, began = await self._session.trained_tokens(), time.perf_counter()
         await asyncio.sleep(self._plan.train_alone_s)
-        return (await self._session.trained_tokens() - before) / (time.perf_counter() - began)
+        return pace * (await self._session.trained_tokens() - before) / (time.perf_counter() - began)
 
     async def _warm_up(self, capacity_per_s: float) -> None:
         self._tell("Warming up", None, "serving and training together")
@@ -192,37 +191,35 @@ class CompareRun:
 
     # -- one run -----------------------------------------------------------------------------------------
 
-    async def _undisturbed(self, run: Run, target: SloTarget, probe_ms: float) -> RunFile:
-        """A run before and after which serving one request takes what it took when the promise was made, or of
-        `TRIES` the one that came closest. Whatever else the machine does, it does not do to one policy alone."""
+    async def _undisturbed(self, run: Run, target: SloTarget) -> RunFile:
+        """A run during which the machine stayed as fast as it was, or of `TRIES` the one that came closest."""
         best: RunFile | None = None
-        before = self._slowdown or await self._probe(probe_ms)
         for _ in range(TRIES):
-            for _ in range(WAITS):
-                if before <= DISTURBED:
-                    break
-                await asyncio.sleep(WAIT_S)
-                before = await self._probe(probe_ms)
-            found = await self._run(run, target)
-            after = self._slowdown = await self._probe(probe_ms)
-            slowdown = round(max(before, after), 3)
-            if best is None or slowdown < (best.result.slowdown or 0.0):
-                best = replace(found, result=replace(found.result, slowdown=slowdown))
-            if slowdown <= DISTURBED:
+            pace = await self._pace()
+            found = await self._run(run, target, pace)
+            after = self._last_pace = await self._measure_pace()
+            change = round(max(after / pace, pace / after), 3)
+            if best is None or change < (best.result.change or math.inf):
+                best = replace(found, result=replace(found.result, pace=round(pace, 3), change=change))
+            if change <= DISTURBED:
                 break
-            before = after
         assert best is not None  # noqa: S101
         return best
 
-    async def _probe(self, probe_ms: float) -> float:
-        """How many times slower the machine serves one request than when the promise was made."""
-        return await self._session.light_tpot_ms() / probe_ms
+    async def _pace(self) -> float:
+        """How many times slower the machine is now than when the promise was made, unless that is known."""
+        pace, self._last_pace = self._last_pace, None
+        return pace or await self._measure_pace()
 
-    async def _run(self, run: Run, target: SloTarget) -> RunFile:
+    async def _measure_pace(self) -> float:
+        pace = await self._session.light_tpot_ms() / self._probe_ms
+        return min(SLOWEST, max(1.0 / SLOWEST, pace))
+
+    async def _run(self, run: Run, target: SloTarget, pace: float) -> RunFile:
         await self._session.training.keep_up()
         rate = target.capacity_per_s * run.load / 100
         part = stretch(self._trace, self._plan, rate, run.repetition)
-        seen = await self._replay(part, run.policy, target.tpot_ms)
+        seen = await self._replay(part, run.policy, target.tpot_ms, pace)
         slo = Slo(target.tpot_ms, target.ttft_ms)
         requests = [
             _request(record, request, slo, counts=request.at_s >= self._plan.lead_s)
@@ -231,9 +228,14 @@ class CompareRun:
         moments = [_moment(sample, seen.start) for sample in seen.samples]
         return RunFile(self._result(run, requests, moments, seen.trained_tokens_per_s), requests, moments)
 
-    async def _replay(self, part: Trace, policy: str, tpot_ms: float = FREE_SLO_MS) -> Replayed:
+    async def _replay(
+        self, part: Trace, policy: str, tpot_ms: float = FREE_SLO_MS, pace: float | None = None
+    ) -> Replayed:
         plan = self._plan
-        return await self._session.replay(part, policy, tpot_ms, lead_s=plan.lead_s, grace_s=plan.grace_s)
+        pace = pace or await self._measure_pace()
+        return await self._session.replay(
+            part, policy, tpot_ms, lead_s=plan.lead_s, grace_s=plan.grace_s, pace=pace
+        )
 
     def _result(
         self, run: Run, requests: Sequence[Request], moments: Sequence[Moment], trained_per_s: float

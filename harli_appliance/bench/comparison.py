@@ -17,9 +17,9 @@ from harli_appliance.bench.replay import percentiles
 from harli_appliance.bench.verdict import judge, oracle_static, verdicts
 
 DISTURBED: Final = 1.15
-"""Slowdown of the machine beyond which a run is made again."""
+"""Change of the machine's pace during a run beyond which it is made again."""
 TRIES: Final = 2
-"""Of a run; the least disturbed counts."""
+"""Of a run; the one with the least change counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,9 @@ class RunResult:
         finetune_tokens_per_s: tokens whose backward pass was done, over the time in which `requests` arrived.
         tpot_ms, ttft_ms: of the answered requests.
         modes: share of the time spent in each mode of the engine; may be empty.
-        slowdown: how many times slower the machine served one request right before or after than when the promise
-            was made; None where that was not measured.
+        pace: how many times slower than when the promise was made the machine was before the run. All times are
+            given as if it had not been.
+        change: factor between that and what it was right after the run, >= 1; None where that was not measured.
     """
 
     policy: str
@@ -51,7 +52,8 @@ class RunResult:
     tpot_ms: tuple[float, ...]
     ttft_ms: tuple[float, ...]
     modes: Mapping[str, float] = field(default_factory=dict)
-    slowdown: float | None = None
+    pace: float = 1.0
+    change: float | None = None
 
     @property
     def attainment(self) -> float | None:
@@ -151,7 +153,7 @@ def _cell(runs: Sequence[RunResult]) -> dict[str, Any]:
         "ttft_ms": percentiles([value for run in runs for value in run.ttft_ms]),
         "requests": requests,
         "failed": sum(run.failed for run in runs),
-        "disturbed": sum((run.slowdown or 0.0) > DISTURBED for run in runs),
+        "disturbed": sum((run.change or 1.0) > DISTURBED for run in runs),
         "modes": {
             mode: round(sum(run.modes.get(mode, 0.0) for run in runs) / len(runs), 4)
             for mode in sorted(modes)
@@ -163,7 +165,8 @@ def _cell(runs: Sequence[RunResult]) -> dict[str, Any]:
                 "attainment": run.attainment,
                 "finetune_tokens_per_s": round(run.finetune_tokens_per_s, 3),
                 "tpot_ms": percentiles(run.tpot_ms),
-                "slowdown": run.slowdown,
+                "pace": run.pace,
+                "change": run.change,
             }
             for run in runs
         ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from harli_appliance.bench.exact_prompts import Prompts
@@ -95,11 +95,10 @@ class Session:
             raise EngineFault(f"the first request failed: {record.error}")
         self._overhead = record.prompt_tokens - _PROBE_WORDS
 
-    async def use(self, policy: str, tpot_ms: float = FREE_SLO_MS) -> None:
+    async def use(self, policy: str, tpot_ms: float = FREE_SLO_MS, ttft_ms: float | None = None) -> None:
         """Follow a policy under a promise from now on."""
-        await self._system.change_policy(
-            PolicyChange(policy=policy, slo_tpot_ms=tpot_ms, slo_ttft_ms=self._ttft_ms)
-        )
+        change = PolicyChange(policy=policy, slo_tpot_ms=tpot_ms, slo_ttft_ms=ttft_ms or self._ttft_ms)
+        await self._system.change_policy(change)
 
     async def trained_tokens(self) -> int:
         return (await self._system.status()).training.tokens
@@ -141,34 +140,49 @@ class Session:
         return min(found)
 
     async def replay(
-        self, trace: Trace, policy: str, tpot_ms: float = FREE_SLO_MS, *, lead_s: float, grace_s: float
+        self,
+        trace: Trace,
+        policy: str,
+        tpot_ms: float = FREE_SLO_MS,
+        *,
+        lead_s: float,
+        grace_s: float,
+        pace: float = 1.0,
     ) -> Replayed:
         """Replay a trace under a policy, from an idle system.
 
         Args:
             lead_s: training counts from then on.
             grace_s: after the end of the trace; what is not answered then has failed.
+            pace: how many times slower the machine is than the times given here are meant for. Requests come as
+                much slower, and as much more is promised; all times found are given as if it were not.
         """
         await self._drain()
-        await self.use(policy, tpot_ms)
+        await self.use(policy, min(FREE_SLO_MS, pace * tpot_ms), pace * self._ttft_ms)
         self._replays += 1
-        requests = self._prompts.plan(trace, self._overhead, f"{self._seed} replay {self._replays}")
+        planned = self._prompts.plan(trace, self._overhead, f"{self._seed} replay {self._replays}")
+        requests = [replace(request, at_s=pace * request.at_s) for request in planned]
         self._seen = (await self._system.timeline(self._seen)).next
         start, wall = time.perf_counter(), time.time()
-        answered_by_s = trace.duration_s + grace_s
+        answered_by_s = pace * (trace.duration_s + grace_s)
         replaying = asyncio.create_task(
             replay(self._system, self._model, requests, answered_by_s=answered_by_s)
         )
         try:
-            await asyncio.sleep(lead_s - (time.perf_counter() - start))
+            await asyncio.sleep(pace * lead_s - (time.perf_counter() - start))
             before, began = await self.trained_tokens(), time.perf_counter()
-            await asyncio.sleep(trace.duration_s - (time.perf_counter() - start))
+            await asyncio.sleep(pace * trace.duration_s - (time.perf_counter() - start))
             trained = (await self.trained_tokens() - before) / (time.perf_counter() - began)
             records = await replaying
         finally:
             replaying.cancel()
         samples = (await self._system.timeline(self._seen)).samples
-        return Replayed(list(zip(requests, records, strict=True)), samples, wall, trained)
+        return Replayed(
+            [(request, _at_pace(record, pace)) for request, record in zip(planned, records, strict=True)],
+            [_moved(sample, wall, pace) for sample in samples],
+            wall,
+            pace * trained,
+        )
 
     async def _drain(self) -> None:
         """Until nothing of the replay before is left; serving comes first while it is."""
@@ -179,6 +193,21 @@ class Session:
                 left = serving.running + serving.waiting
                 raise EngineFault(f"{left} requests are still there after {DRAIN_TIMEOUT_S:g} s; see the log")
             await asyncio.sleep(0.05)
+
+
+def _at_pace(record: Record, pace: float) -> Record:
+    return replace(
+        record,
+        ended_at=record.sent_at + (record.ended_at - record.sent_at) / pace,
+        ttft_s=record.ttft_s / pace if record.ttft_s is not None else None,
+        tpot_s=record.tpot_s / pace if record.tpot_s is not None else None,
+        itl_s=tuple(gap / pace for gap in record.itl_s),
+    )
+
+
+def _moved(sample: Sample, start: float, pace: float) -> Sample:
+    step_ms = sample.step_ms / pace if sample.step_ms is not None else None
+    return sample.model_copy(update={"t": start + (sample.t - start) / pace, "step_ms": step_ms})
 
 
 def p99_tpot_ms(records: Sequence[Record]) -> float:
