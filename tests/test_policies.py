@@ -17,7 +17,7 @@ from harli_appliance.bench import decide as decide_bench
 from harli_appliance.errors import UsageError
 from harli_appliance.scheduling.names import DEFAULT_POLICY, POLICY_NAMES, check_policy
 from harli_appliance.scheduling.policies import Situation, make_policy
-from harli_appliance.scheduling.policies.adaptive import RESERVE_TOKENS, STEPS_IN_A_ROW, Adaptive
+from harli_appliance.scheduling.policies.adaptive import RESERVE_STEPS, STEPS_IN_A_ROW, Adaptive
 from harli_appliance.scheduling.policies.hysteresis import Hysteresis
 from harli_appliance.scheduling.policies.margin import MOST, RATE, START, Margin
 from harli_appliance.scheduling.policies.prompts import RECENT, Prompts
@@ -326,6 +326,20 @@ def test_a_switch_opens_with_room_to_spare_and_closes_without() -> None:
     assert seen == [True, True, False, False, False, True, True, True, False, False]
 
 
+def test_where_prompts_come_some_of_what_one_takes_is_kept() -> None:
+    made, costs = Adaptive((None,)), KnownCosts(50.0, 150.0, prefill=3.0)
+    least = 150.0 + RESERVE_STEPS * 5.0
+    assert made.decide(Situation(DECODE, least, TPOT, READY), costs).mode == "partition"
+    made.decide(Situation(PREFILL, 0.0, TPOT, READY), costs)
+    assert made.decide(Situation(DECODE, least + 149.0, TPOT, READY), costs).mode == "pause"
+    assert made.decide(Situation(DECODE, least + 1000.0, TPOT, READY), costs).mode == "partition"
+    made.decide(Situation(PREFILL, 0.0, TPOT, READY), KnownCosts(prefill=90.0))
+    assert made.decide(Situation(DECODE, least + 399.0, TPOT, READY), costs).mode == "pause"
+    assert made.decide(Situation(DECODE, least + 1000.0, TPOT, READY), costs).mode == "partition", (
+        "never more"
+    )
+
+
 def drained(beside: float, start: float) -> list[Decision]:
     """Decisions at 400 decode steps of one request, which gains and spends its slack."""
     made, known = Adaptive((None,)), KnownCosts(50.0, beside)
@@ -347,7 +361,7 @@ def test_adaptive_spends_what_is_ahead_of_the_reserve_and_does_not_flap() -> Non
     for decision, trained in zip(drained(150.0, start=TPOT), ran, strict=True):
         slack += TPOT - (150.0 if trained else 50.0)
         assert decision.reason in ("corun_spends_slack", "corun_too_slow", "keeps_reserve")
-        assert slack >= (RESERVE_TOKENS + 1) * TPOT or not trained, "the reserve is not spent"
+        assert slack >= TPOT + RESERVE_STEPS * 5.0 or not trained, "the reserve is not spent"
 
 
 def test_adaptive_needs_nothing_banked_where_training_keeps_the_pace() -> None:

@@ -32,8 +32,10 @@ from harli_appliance.scheduling.types import Admission, Bound, Costs, Decision, 
 COUNTED = 0.5
 """Share of what an answer gains until it ends that is counted on for prompts while no request misses; none of it
 when many do."""
-RESERVE_TOKENS = 3.0
-"""Promised times per token that are not spent."""
+RESERVE_STEPS = 2.0
+"""Decode steps that may take as long as their bound: so much slack is not spent."""
+RESERVE_TOKENS = 4.0
+"""Promised times per token that are not spent either, where a prompt takes as long: it would wait for them."""
 STEPS_IN_A_ROW = 4
 """Steps slower than the promise that the slack must hold before the first of them."""
 
@@ -51,6 +53,7 @@ class Adaptive(Policy):
         self._holds = holds
         self._held = False
         self._decode: Bound | None = None
+        self._reserve_ms = 0.0
         self._prompts = Prompts()
         self._margin = Margin()
         self._spending = {split: Hysteresis() for split in splits}
@@ -84,11 +87,13 @@ class Adaptive(Policy):
             after_ms = self._decode.upper_ms if self._decode is not None else 0.0
         elif solo is not None:
             self._decode = solo
+            self._reserve_ms = RESERVE_STEPS * (solo.upper_ms - solo.expected_ms)
             if self._held:
                 return pause("prompt_waits", solo)
         slack_ms = now.slack_ms - after_ms
         pace_ms = now.tpot_ms * (1.0 - self._margin.value)
-        spend_ms = slack_ms - RESERVE_TOKENS * now.tpot_ms
+        reserve_ms = self._reserve_ms + min(RESERVE_TOKENS * now.tpot_ms, self._prompts.next_ms)
+        spend_ms = slack_ms - reserve_ms
         if self._several and solo is not None:
             chosen = cheapest(step, solo, now, Room(pace_ms, spend_ms, slack_ms), self._several, costs)
             if chosen is not None:
