@@ -429,6 +429,7 @@ class Appliance:
                 checkpoint_every_steps=training.checkpoint_every_steps,
                 keep_checkpoints=training.keep_checkpoints,
                 checkpoints=self._settings.checkpoints,
+                fuses=lambda: self._scheduler.fuses,
             ),
             self._pool.leasable,
             held_out,

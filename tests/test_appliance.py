@@ -262,8 +262,8 @@ def test_what_does_not_fit_the_context_is_refused_with_both_numbers(process: Pro
 
 
 def test_a_job_that_can_never_fit_the_pool_is_refused_at_submission(process: Process, tmp_path: Path) -> None:
-    """900 tokens take 2,600 of 3,687 slots that can be leased; what is left holds an adapter of rank 1, not 16."""
-    turns = [{"role": "user", "content": "otter " * 870}, {"role": "assistant", "content": "river"}]
+    """970 tokens take 2,300 of 3,687 slots that can be leased; what is left holds an adapter of rank 1, not 16."""
+    turns = [{"role": "user", "content": "otter " * 940}, {"role": "assistant", "content": "river"}]
     data = tmp_path / "long.jsonl"
     data.write_text(json.dumps({"messages": turns}) + "\n")
     before = len(process.client.fine_tuning.jobs.list().data)

@@ -200,7 +200,9 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
         pool = SlotPool(serving.slots, watermark=watermark)
         pools.append(pool)
         backbone = Backbone(twin)
-        options = RunOptions(16, SEQUENCE_TOKENS, 3, 2, tmp_path / "checkpoints")
+        options = RunOptions(
+            16, SEQUENCE_TOKENS, 3, 2, tmp_path / "checkpoints", fuses=lambda: policy == "flexllm"
+        )
         slots: dict[str, int] = {}
 
         def start(job: Job, data: Path, held_out: Path | None) -> JobRun:

@@ -8,6 +8,7 @@ import math
 import random
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from harli_appliance.errors import JobFailed
 from harli_appliance.runtime.text import TextCodec
 from harli_appliance.training import job_run
+from harli_appliance.training.activations import footprint
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.job_run import JobRun, RunOptions
 from harli_appliance.training.packing import examples_of_step
@@ -49,9 +51,10 @@ class Bench:
         dropout: float = 0.0,
         data: Path | None = None,
         held_out: Path | None = None,
+        fuses: Callable[[], bool] = lambda: False,
         **changes: Any,
     ) -> JobRun:
-        options = RunOptions(16, 64, 1, keep, self._home / home)
+        options = RunOptions(16, 64, 1, keep, self._home / home, fuses)
         job = replace(a_job(epochs=2, dropout=dropout), **changes)
         data = data or self._data
         return JobRun(job, data, self.backbone, self._codec, self.buffers, options, leasable, held_out)
@@ -362,6 +365,23 @@ def test_sequences_are_packed_only_as_far_as_the_pool_allows(bench: Bench) -> No
     for _ in range(tight.total_steps):
         assert all(tight.slots_of(index) <= 80 for index in range(tight.micro_batches()))
         bench.step(tight)
+    tight.close()
+
+
+def test_kv_of_all_layers_are_kept_while_steps_may_be_fused_and_there_is_room(bench: Bench) -> None:
+    fused = True
+    roomy = bench.run("fused", fuses=lambda: fused)
+    more, few = roomy.slots_of(0), roomy.state.slots
+    kept = roomy.begin(0, torch.arange(more))
+    assert kept.fusible_tokens == kept.tokens
+    assert more == footprint(bench.backbone, kept.tokens, keeps_kv=True).slots
+    fused = False
+    less = roomy.slots_of(0)
+    assert less < more == kept.slots, "a micro-batch that has begun keeps its size"
+    assert roomy.begin(0, torch.arange(less)).fusible_tokens == 0
+    roomy.close()
+    tight = bench.run("tight", leasable=few + more - 1, fuses=lambda: True)
+    assert tight.slots_of(0) == less
     tight.close()
 
 

@@ -68,13 +68,21 @@ def zeros(backbone: Backbone, adapter: Adapter) -> list[list[Tensor]]:
 
 
 def by_units(
-    backbone: Backbone, adapter: Adapter, data: list[EncodedExample], room: int, cut: Cut, loss_tokens: int
+    backbone: Backbone,
+    adapter: Adapter,
+    data: list[EncodedExample],
+    room: int,
+    cut: Cut,
+    loss_tokens: int,
+    *,
+    keeps_kv: bool = False,
 ) -> tuple[float, list[Tensor]]:
     learned = sum(example.learned_tokens for example in data)
     loss, total = 0.0, zeros(backbone, adapter)
     generator = torch.Generator().manual_seed(room)
     for number, sequence in enumerate(pack(data, room)):
-        slots = torch.randperm(POOL, generator=generator)[: footprint(backbone, len(sequence)).slots]
+        size = footprint(backbone, len(sequence), keeps_kv=keeps_kv).slots
+        slots = torch.randperm(POOL, generator=generator)[:size]
         batch = MicroBatch(
             backbone,
             adapter,
@@ -85,6 +93,7 @@ def by_units(
             loss_tokens=loss_tokens,
             dropout_key=number,
             gradients=total.__getitem__,
+            keeps_kv=keeps_kv,
         )
         while (unit := batch.next_unit(*cut())) is not None:
             unit.run()
@@ -123,15 +132,16 @@ def worst_error(found: list[Tensor], wanted: list[Tensor]) -> float:
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("keeps_kv", [False, True])
 @pytest.mark.parametrize(
     ("window", "room", "loss_tokens"),
     [(128, 512, 16), (16, 200, 5), (7, 64, 1000), (33, 1, 3), (1000, 1000, 1000)],
 )
 def test_gradients_equal_backpropagation(
-    trained: tuple[Backbone, Adapter], window: int, room: int, loss_tokens: int
+    trained: tuple[Backbone, Adapter], window: int, room: int, loss_tokens: int, keeps_kv: bool
 ) -> None:
     data = examples(window, (50, 33, 90, 7, 20, 140))
-    loss, gradients = by_units(*trained, data, room, lambda: (window, 1), loss_tokens)
+    loss, gradients = by_units(*trained, data, room, lambda: (window, 1), loss_tokens, keeps_kv=keeps_kv)
     wanted_loss, wanted = by_backpropagation(trained[1], data)
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     assert worst_error(gradients, wanted) <= 1e-5
@@ -143,14 +153,20 @@ def test_gradients_equal_backpropagation(
     room=st.integers(1, 160),
     loss_tokens=st.integers(1, 40),
     seed=st.integers(0, 2**16),
+    keeps_kv=st.booleans(),
 )
 def test_every_unit_may_have_another_size(
-    trained: tuple[Backbone, Adapter], lengths: list[int], room: int, loss_tokens: int, seed: int
+    trained: tuple[Backbone, Adapter],
+    lengths: list[int],
+    room: int,
+    loss_tokens: int,
+    seed: int,
+    keeps_kv: bool,
 ) -> None:
     rng = random.Random(seed)
     data = examples(seed, tuple(lengths))
     draw: Cut = lambda: (rng.choice((1, 5, 16, 33, 200)), rng.choice((1, 2, 3, 7)))  # noqa: E731
-    loss, gradients = by_units(*trained, data, room, draw, loss_tokens)
+    loss, gradients = by_units(*trained, data, room, draw, loss_tokens, keeps_kv=keeps_kv)
     wanted_loss, wanted = by_backpropagation(trained[1], data)
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
     assert worst_error(gradients, wanted) <= 1e-5
@@ -243,11 +259,14 @@ def test_a_micro_batch_leases_what_its_footprint_says(trained: tuple[Backbone, A
         )
 
 
+@pytest.mark.parametrize("keeps_kv", [False, True])
 @pytest.mark.parametrize("layers", [1, 3, 100])
-def test_trained_tokens_are_credited_once(trained: tuple[Backbone, Adapter], layers: int) -> None:
+def test_trained_tokens_are_credited_once(
+    trained: tuple[Backbone, Adapter], layers: int, keeps_kv: bool
+) -> None:
     backbone, adapter = trained
     (sequence,) = pack(examples(1, (40,)), 64)
-    slots = torch.arange(footprint(backbone, 40).slots)
+    slots = torch.arange(footprint(backbone, 40, keeps_kv=keeps_kv).slots)
     batch = MicroBatch(
         backbone,
         adapter,
@@ -258,7 +277,9 @@ def test_trained_tokens_are_credited_once(trained: tuple[Backbone, Adapter], lay
         loss_tokens=16,
         dropout_key=0,
         gradients=zeros(backbone, adapter).__getitem__,
+        keeps_kv=keeps_kv,
     )
+    assert batch.slots == len(slots)
     credited, kinds, left = 0.0, [], []
     while (unit := batch.next_unit(16, layers)) is not None:
         again = batch.next_unit(16, layers)
@@ -273,4 +294,45 @@ def test_trained_tokens_are_credited_once(trained: tuple[Backbone, Adapter], lay
     if layers == 1:
         assert [*left, batch.units_left(16)] == list(range(len(kinds), -1, -1))
     pieces = 3 * len(backbone.layers)
-    assert kinds.count("forward") == kinds.count("backward") == -(-pieces // layers)
+    again = 0 if keeps_kv else len(backbone.layers) - 1
+    assert kinds.count("forward") == -(-pieces // layers)
+    assert kinds.count("backward") == -(-(pieces + again) // layers), (
+        "K and V are computed again but the last's"
+    )
+
+
+def test_kv_of_one_layer_are_less_memory_and_the_same_gradients(reference: Any) -> None:
+    """Long windows of K and V are computed again in several pieces; dropout draws the same masks."""
+    backbone, adapter = a_trained_adapter(reference, dropout=0.2)
+    layers, kv = len(backbone.layers), footprint(backbone, 400, keeps_kv=True)
+    assert footprint(backbone, 400).slots == pytest.approx(kv.slots - 400 + 400 / layers, abs=2)
+    data = examples(6, (150, 90))
+    found = [
+        by_units(backbone, adapter, data, 250, lambda: (10, 1), 16, keeps_kv=keeps) for keeps in (False, True)
+    ]
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert worst_error(found[0][1], found[1][1]) <= 1e-5
+
+
+def test_only_windows_that_go_through_all_layers_can_be_fused(trained: tuple[Backbone, Adapter]) -> None:
+    backbone, adapter = trained
+    (sequence,) = pack(examples(1, (40,)), 64)
+    for keeps_kv in (True, False):
+        batch = MicroBatch(
+            backbone,
+            adapter,
+            sequence,
+            buffers=buffers(backbone),
+            slots=torch.arange(footprint(backbone, 40, keeps_kv=keeps_kv).slots),
+            objective=Likelihood(1),
+            loss_tokens=16,
+            dropout_key=0,
+            gradients=zeros(backbone, adapter).__getitem__,
+            keeps_kv=keeps_kv,
+        )
+        seen = []
+        while (unit := batch.next_unit(16, layers=1)) is not None:
+            seen.append(batch.fusible_tokens)
+            unit.run()
+        wanted = {40, 24, 8} if keeps_kv else set()
+        assert {left for left in seen if left} == wanted

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,20 @@ SHOWN_LINES = 20
 """Of the log of a measurement that failed."""
 
 
-def measure_part(command: Sequence[str], arguments: Sequence[str], log: Path) -> Any:
+def measure_part(
+    command: Sequence[str], arguments: Sequence[str], log: Path, more: Mapping[str, str] | None = None
+) -> Any:
     """What a process says in its last line of output, on one thread.
 
     Args:
         log: gets its messages.
+        more: variables of its environment.
 
     Raises:
         HarliError: it failed; the end of its log comes as notes.
     """
     quiet = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(more or {})}
     with log.open("w", encoding="utf-8") as messages:
         ended = subprocess.run(  # noqa: S603 - our own module
             [*command, *arguments],

@@ -25,6 +25,7 @@ from harli_appliance.training.activations import footprint
 from harli_appliance.training.adapter import TARGETS, Adapter
 from harli_appliance.training.adapter_state import AdapterState
 from harli_appliance.training.backbone import Backbone
+from harli_appliance.training.job_run import loss_tokens
 from harli_appliance.training.objectives import Likelihood
 from harli_appliance.training.packing import EncodedExample, pack
 from harli_appliance.training.units import MicroBatch
@@ -33,9 +34,8 @@ RANK = 16
 ALPHA = 32
 RATE = 1e-4
 WINDOW = 256
-LOSS_TOKENS = 128
-"""Tokens of a forward or backward unit, and of a loss unit. Larger than beside serving (`training.window_tokens`):
-here nobody waits for a unit to end."""
+"""Tokens of a forward or backward unit. Larger than beside serving (`training.window_tokens`): here nobody waits
+for a unit to end."""
 WARM_TOKENS = 16
 """A step on so few tokens loads what torch loads when first used, before memory is measured."""
 
@@ -74,7 +74,7 @@ class Units:
             buffers=self._buffers,
             slots=self._slots,
             objective=Likelihood(float(self._sequence.weights.sum())),
-            loss_tokens=LOSS_TOKENS,
+            loss_tokens=loss_tokens(self._window),
             dropout_key=0,
             gradients=self._state.gradients,
         )

@@ -55,8 +55,8 @@ class ModelShape:
         return 4.0 * self.layers * self.heads * self.head_size
 
     def lease_slots(self, tokens: int) -> int:
-        """Slots that a micro-batch of `tokens` tokens leases: its K and V, its layer inputs, and one layer's
-        gradients (see "Memory" in docs/architecture.md)."""
+        """Slots that a micro-batch of `tokens` tokens leases where steps can be fused with it: its K and V, its
+        layer inputs, and one layer's gradients (see "Memory" in docs/architecture.md)."""
         rows = -(-self.hidden // (self.kv_heads * self.head_size))
         return tokens + -(-tokens * rows // 2) + -(-tokens * (rows + 2) // (2 * self.layers))
 

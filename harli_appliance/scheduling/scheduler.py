@@ -39,6 +39,11 @@ class Scheduler:
         self.policy_name = policy
         self._ended = self._missed = 0
 
+    @property
+    def fuses(self) -> bool:
+        """Whether the policy in force may fuse steps with training."""
+        return self._policy.fuses
+
     def admits(self, queue: Queue | None, outlook: Outlook) -> Admission:
         """Which requests the next step may be planned from.
 

@@ -1,8 +1,8 @@
 """Everything that a micro-batch keeps between its units, in leased rows of the KV buffers.
 
-Per token and layer: K, V and the layer's input; for one layer at a time the gradients of its output, K and V. A
-hidden state takes as many whole rows as its width needs. Knows rows and shapes; does not know in which order units
-fill and read them.
+Per token and layer the layer's input; for one layer at a time K, V and the gradients of its output, K and V. Where
+windows go through all layers one after the other, K and V are kept of every layer instead. A hidden state takes
+as many whole rows as its width needs. Knows rows and shapes; does not know in which order units use them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Buffers = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Slots that a micro-batch of `tokens` tokens leases."""
+    """Slots that a micro-batch leases; see `footprint`."""
 
     kv: int
     hidden: int
@@ -33,15 +33,20 @@ class Footprint:
         return self.kv + self.hidden + self.scratch
 
 
-def footprint(backbone: Backbone, tokens: int) -> Footprint:
-    """Per token: 1 slot of K and V, hidden/(2 kv_width) slots of layer inputs (rounded up to whole rows), and the
-    gradients of one layer's input, K and V spread over the rows of all layers."""
+def footprint(backbone: Backbone, tokens: int, *, keeps_kv: bool = False) -> Footprint:
+    """Per token: hidden/(2 kv_width) slots of layer inputs (rounded up to whole rows), and K, V and the gradients
+    of one layer's input, K and V spread over the rows of all layers.
+
+    Args:
+        keeps_kv: whether K and V are kept of every layer, for a slot more a token.
+    """
     rows = -(-backbone.hidden_size // backbone.kv_width)
     all_layers = 2 * len(backbone.layers)
+    at_a_time = rows + (2 if keeps_kv else 4)
     return Footprint(
-        kv=tokens,
+        kv=tokens if keeps_kv else 0,
         hidden=-(-tokens * rows // 2),
-        scratch=-(-tokens * (rows + 2) // all_layers),
+        scratch=-(-tokens * at_a_time // all_layers),
     )
 
 
@@ -51,32 +56,41 @@ class Activations:
     Args:
         slots: leased slot indices, `footprint(...)`.slots of them.
         tokens: tokens of the micro-batch.
+        keeps_kv: whether K and V are kept of every layer; otherwise those of the layer that was written last.
 
     Raises:
         ValueError: the lease is not of that size.
     """
 
-    def __init__(self, backbone: Backbone, buffers: Buffers, slots: Tensor, tokens: int) -> None:
-        size = footprint(backbone, tokens)
-        if len(slots) != size.slots:
-            raise ValueError(f"{tokens} tokens need {size.slots} slots, got {len(slots)}")
+    def __init__(
+        self, backbone: Backbone, buffers: Buffers, slots: Tensor, tokens: int, *, keeps_kv: bool
+    ) -> None:
+        self._size = footprint(backbone, tokens, keeps_kv=keeps_kv)
+        if len(slots) != self._size.slots:
+            raise ValueError(f"{tokens} tokens need {self._size.slots} slots, got {len(slots)}")
         self._backbone = backbone
         self._buffers = buffers
-        self._tokens = tokens
+        self._keeps_kv = keeps_kv
         self._per_hidden = -(-backbone.hidden_size // backbone.kv_width)
-        self._grad_k = tokens * self._per_hidden
-        self._grad_v = self._grad_k + tokens
+        begins = range(tokens * self._per_hidden, tokens * (self._per_hidden + 4), tokens)
+        if keeps_kv:
+            self._grad_k, self._grad_v = begins[:2]
+        else:
+            self._k, self._v, self._grad_k, self._grad_v = begins
+        self._tokens = tokens
         self._lay(slots)
 
     def _lay(self, slots: Tensor) -> None:
-        size = footprint(self._backbone, self._tokens)
+        size = self._size
         kv, hidden, scratch = torch.split(slots, [size.kv, size.hidden, size.scratch])
         k_buffers, v_buffers = self._buffers
         layers = range(len(self._backbone.layers))
-        self._keys = [RowBlock([k_buffers[layer]], kv) for layer in layers]
-        self._values = [RowBlock([v_buffers[layer]], kv) for layer in layers]
+        kept = layers if self._keeps_kv else range(0)
+        self._keys = [RowBlock([k_buffers[layer]], kv) for layer in kept]
+        self._values = [RowBlock([v_buffers[layer]], kv) for layer in kept]
         self._inputs = [RowBlock([k_buffers[layer], v_buffers[layer]], hidden) for layer in layers]
-        # One block holds, row after row: gradient (or final value) of the hidden states, of K, of V.
+        # One block holds, row after row: gradient (or final value) of the hidden states; K and V where these are
+        # kept of one layer only; gradient of K, of V.
         self._scratch = RowBlock([*k_buffers, *v_buffers], scratch)
 
     def live_bytes(self, layers: int) -> int:
@@ -100,14 +114,21 @@ class Activations:
     # K and V are [1, kv heads, n, head size], as attention has them; hidden states are [n, hidden].
 
     def write_kv(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
-        self._keys[layer].write(start, _to_rows(keys))
-        self._values[layer].write(start, _to_rows(values))
+        if self._keeps_kv:
+            self._keys[layer].write(start, _to_rows(keys))
+            self._values[layer].write(start, _to_rows(values))
+        else:
+            self._scratch.write(self._k + start, _to_rows(keys))
+            self._scratch.write(self._v + start, _to_rows(values))
 
     def kv(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        return (
-            self._from_rows(self._keys[layer].read(start, stop)),
-            self._from_rows(self._values[layer].read(start, stop)),
-        )
+        """Of a layer that keeps them, or of the one that they were written of last."""
+        if self._keeps_kv:
+            keys, values = self._keys[layer].read(start, stop), self._values[layer].read(start, stop)
+        else:
+            keys = self._scratch.read(self._k + start, self._k + stop)
+            values = self._scratch.read(self._v + start, self._v + stop)
+        return self._from_rows(keys), self._from_rows(values)
 
     def write_input(self, layer: int, start: int, hidden: Tensor) -> None:
         """What a layer reads; one past the last layer is the model's final hidden state."""

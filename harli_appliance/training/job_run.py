@@ -8,8 +8,9 @@ of a step and the masks of dropout are functions of seed and step, and nothing e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,6 +65,8 @@ class RunOptions:
     checkpoint_every_steps: int
     keep_checkpoints: int
     checkpoints: Path
+    fuses: Callable[[], bool] = lambda: False
+    """Whether steps may be fused with forward windows of the next micro-batch."""
 
 
 def adapter_for(job: Job, backbone: Backbone) -> Adapter:
@@ -137,11 +140,12 @@ class JobRun:
 
     def _refuse_oversize(self, leasable: int, kept_back: Sequence[Encoded]) -> None:
         """Also sets how long packed sequences may be: as asked, or as long as the pool allows."""
+        self._leasable = leasable - self.state.slots
         state = self.state.slots
         need = fit(self._backbone, state, max(map(size_of, [*self._examples, *kept_back])), leasable)
         if not need.fits:
             raise JobFailed(need.refusal(), code="does_not_fit")
-        most = fitting_tokens(self._backbone, leasable - state)
+        most = fitting_tokens(self._backbone, self._leasable)
         self._sequence_tokens = min(self._options.sequence_tokens, most)
 
     # -- micro-batches -----------------------------------------------------------------------------------
@@ -194,11 +198,20 @@ class JobRun:
         return index + 1 == len(self._packs)
 
     def slots_of(self, index: int) -> int:
-        return footprint(self._backbone, len(self._packs[index])).slots
+        """Slots that micro-batch `index` needs when it begins now: more where steps may be fused with it, if there
+        are so many."""
+        size = partial(footprint, self._backbone, len(self._packs[index]))
+        more = size(keeps_kv=True).slots
+        return more if self._options.fuses() and more <= self._leasable else size(keeps_kv=False).slots
 
     def begin(self, index: int, slots: Tensor) -> MicroBatch:
-        """Start a micro-batch; its backward units add to the gradients of the step."""
+        """Start a micro-batch; its backward units add to the gradients of the step.
+
+        Args:
+            slots: as many as `slots_of` said when they were leased.
+        """
         known = self._references[self._pairs_of(index)] if self.job.method == "dpo" else None
+        more = footprint(self._backbone, len(self._packs[index]), keeps_kv=True).slots
         return MicroBatch(
             self._backbone,
             self.adapter,
@@ -210,6 +223,7 @@ class JobRun:
             dropout_key=None if self.evaluating else sequence_key(self.job.seed, self.step, index),
             gradients=None if self.evaluating else self.state.gradients,
             reference=None if known is None or known.isnan().any() else known.flatten(),
+            keeps_kv=len(slots) == more,
         )
 
     def finish(self, index: int, batch: MicroBatch) -> None:

@@ -63,6 +63,17 @@ def _unvalued(projection: nn.Linear, x: Tensor) -> Tensor:
     return out
 
 
+def projections(layer: nn.Module, name: str) -> list[nn.Linear]:
+    """The layer's own projections of that name, without what an adapter adds to them."""
+    found = []
+    for path, module in layer.named_modules():
+        if path.rpartition(".")[2] == name:
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if type(base) is nn.Linear:
+                found.append(base)
+    return found
+
+
 def unneeded(layer: nn.Module) -> list[nn.Linear]:
     """The projections of a decoder layer whose values its gradients do not need.
 
@@ -88,12 +99,12 @@ def _only_adds(tuner: BaseTunerLayer) -> bool:
 
 
 @contextmanager
-def left_out(projections: list[nn.Linear]) -> Iterator[None]:
-    """While a layer is computed for its gradients alone."""
-    for projection in projections:
+def left_out(without: list[nn.Linear]) -> Iterator[None]:
+    """While a layer is computed and the values of some of its projections are not needed."""
+    for projection in without:
         projection.forward = partial(_unvalued, projection)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for projection in projections:
+        for projection in without:
             del projection.forward

@@ -341,11 +341,12 @@ class Trainer:
     async def _micro_batch(self, active: ActiveJob) -> bool:
         """One micro-batch to its end; False when there are no slots for it now, or serving took some back."""
         run, index = active.run, active.index
-        lease = await self._lease(active, run.slots_of(index))
+        begun = active.unfinished
+        lease = await self._lease(active, begun.batch.slots if begun else run.slots_of(index))
         if lease is None:
             return False
         held = lambda: active.residence.settled and not lease.revoked  # noqa: E731
-        begun, active.unfinished = active.unfinished, None
+        active.unfinished = None
         done = False
         try:
             if begun is None:

@@ -1,8 +1,10 @@
 """Exact gradients in work units: forward or backward of some decoder layers over a window of tokens.
 
-Between units a micro-batch keeps, per token and layer, the layer's input and the token's K and V, all in leased
-rows; inside a unit the layer runs in the transformers code, unmodified, with a cache object that hands it the
-keys and values of earlier windows. Backward recomputes a unit's forward with those as leaves, so that
+Between units a micro-batch keeps, per token and layer, the layer's input, and of one layer at a time K and V, all
+in leased rows; inside a unit the layer runs in the transformers code, unmodified, with a cache object that hands
+it the keys and values of earlier windows. Forward finishes a layer before it begins the next; the backward pass of
+a layer first computes its K and V again. Where windows shall go through all layers, one after the other, K and V
+of all layers are kept. Backward recomputes a unit's forward with K and V as leaves, so that
 
     dL/dK, dL/dV of a token are summed over every later window that attended to it,
 
@@ -15,6 +17,7 @@ Knows layers, windows and stages; does not know lanes, jobs or schedules.
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,11 +34,15 @@ from harli_appliance.training.cross_entropy import cross_entropy_
 from harli_appliance.training.objectives import Objective
 from harli_appliance.training.pace import BACKWARD, FORWARD
 from harli_appliance.training.packing import PackedSequence
-from harli_appliance.training.recompute import left_out, unneeded, valued
+from harli_appliance.training.recompute import left_out, projections, unneeded, valued
 
 UnitKind = Literal["forward", "loss", "backward", "step"]
 Gradients = Callable[[int], Sequence[Tensor]]
 """A layer's gradients, one tensor for each of its trained parameters. They may lie elsewhere at the next unit."""
+
+
+RECALLED = 8
+"""Windows whose K and V are computed again in one piece. In SmolLM2-135M that is 6% of a forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,24 @@ class _Window:
         return 0 if self._past is None else self._past[0].shape[2]
 
 
+class _Recalled(Exception):
+    """The layer has got as far as its keys and values."""
+
+
+class _Recall:
+    """Stands in for transformers' cache where nothing but keys and values is wanted."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object) -> None:
+        self.keys, self.values = keys, values
+        raise _Recalled
+
+    def get_seq_length(self, *args: object) -> int:
+        return 0
+
+
 class MicroBatch:
     """One packed sequence on its way through forward, loss and backward.
 
@@ -97,6 +122,8 @@ class MicroBatch:
     Args:
         buffers: K and V buffers, one [slots, kv_width] tensor a layer each.
         slots: leased slot indices, `footprint(...)`.slots of them.
+        keeps_kv: whether K and V are kept of every layer, and forward windows go through all layers one after the
+            other, as fused steps need it; see `fusible_tokens`.
         objective: what is minimised.
         loss_tokens: learned tokens of a loss piece; logits of that many tokens exist at a time.
         dropout_key: draws the masks of the adapter's dropout, see `dropout.sequence_key`; None drops nothing.
@@ -107,6 +134,7 @@ class MicroBatch:
 
     Attributes:
         loss: of the objective, once the loss units have run.
+        slots: that it needs.
         worked: tokens' work done so far, in whole tokens: it ends at `tokens`.
         reference: as given or computed.
     """
@@ -124,6 +152,7 @@ class MicroBatch:
         dropout_key: int | None,
         gradients: Gradients | None,
         reference: Tensor | None = None,
+        keeps_kv: bool = False,
     ) -> None:
         self._backbone = backbone
         self._adapter = adapter
@@ -133,7 +162,9 @@ class MicroBatch:
         self._objective = objective
         self._loss_tokens = loss_tokens
         self._dropout_key = dropout_key
-        self._rows = Activations(backbone, buffers, slots, len(sequence))
+        self._keeps_kv = keeps_kv
+        self._rows = Activations(backbone, buffers, slots, len(sequence), keeps_kv=keeps_kv)
+        self.slots = len(slots)
         self.tokens = len(sequence)
         self.loss = 0.0
         self.worked = 0.0
@@ -162,11 +193,12 @@ class MicroBatch:
 
     @property
     def fusible_tokens(self) -> int:
-        """Tokens whose forward pass has not begun, where the next unit begins a forward window; else 0."""
+        """Tokens whose forward pass has not begun, where the next unit begins a forward window that goes through
+        all layers before the next one; else 0."""
         begins = (
             self._at < len(self._stages) and self._stages[self._at].kind == "forward" and self._layer == 0
         )
-        return self.tokens - self._from if begins else 0
+        return self.tokens - self._from if begins and self._keeps_kv else 0
 
     @property
     def has_added(self) -> bool:
@@ -180,25 +212,36 @@ class MicroBatch:
 
     def units_left(self, window: int) -> int:
         """Units still to come when each is one piece, with windows of `window` tokens."""
-        windows = -(-self.tokens // window)
         return sum(
-            self._units_of(stage.kind, windows) if at else self._units_of_current(window)
+            self._units_of(stage.kind, window) if at else self._units_of_current(window)
             for at, stage in enumerate(self._stages[self._at :])
         )
 
-    def _units_of(self, kind: str, windows: int) -> int:
+    def _units_of(self, kind: str, window: int) -> int:
+        layers, windows = len(self._backbone.layers), -(-self.tokens // window)
         if kind == "loss":
             return max(1, -(-len(self._learned) // self._loss_tokens))
-        return len(self._backbone.layers) * windows
+        if kind == "backward":  # the last layer's K and V are there still
+            return layers * windows + (layers - 1) * self._recalls(window, 0)
+        return layers * windows
 
     def _units_of_current(self, window: int) -> int:
         kind, layers = self._stages[self._at].kind, len(self._backbone.layers)
+        windows = -(-self.tokens // window)
         if kind == "backward":
-            return self._layer * -(-self.tokens // window) + -(-self._to // window)
+            others = self._layer * (windows + self._recalls(window, 0))
+            return others + self._recalls(window, self._recalled) + -(-self._to // window)
         if kind == "loss":
             learned = len(self._learned) - bisect_left(self._learned, self._from)
             return max(1, -(-learned // self._loss_tokens))
-        return layers * -(-(self.tokens - self._from) // window) - self._layer
+        begun = -(-(self.tokens - self._from) // window)
+        if self._keeps_kv:
+            return layers * begun - self._layer
+        return (layers - self._layer - 1) * windows + begun
+
+    def _recalls(self, window: int, recalled: int) -> int:
+        """Pieces in which a layer's K and V are computed again, from token `recalled` on."""
+        return 0 if self._keeps_kv else -(-(self.tokens - recalled) // (RECALLED * window))
 
     # -- moving away and back --------------------------------------------------------------------------
 
@@ -228,6 +271,7 @@ class MicroBatch:
         self._layer = len(self._backbone.layers) - 1 if kind == "backward" else 0
         self._from = 0
         self._to = self.tokens if kind == "backward" else 0
+        self._recalled = self.tokens  # the forward pass ended with the layer that goes backward first
         if kind == "loss":
             self._log_probabilities = torch.zeros(len(set(self._starts)), dtype=torch.float64)
 
@@ -242,16 +286,24 @@ class MicroBatch:
                 run[self._stages[stage].kind]()
 
     def _forward_piece(self, window: int) -> None:
-        if self._layer == 0:
+        layers = len(self._backbone.layers)
+        if self._layer == 0 or not self._keeps_kv:
             self._to = min(self._from + window, self.tokens)
         self._forward(self._layer, self._from, self._to)
         if self._stages[self._at].tuned:
-            self.worked += FORWARD * (self._to - self._from) / len(self._backbone.layers)
-        self._layer += 1
-        if self._layer == len(self._backbone.layers):
-            self._layer, self._from = 0, self._to
+            self.worked += FORWARD * (self._to - self._from) / layers
+        if self._keeps_kv:  # the window's next layer, or the next window
+            self._layer += 1
+            if self._layer == layers:
+                self._layer, self._from = 0, self._to
+            done = self._from == self.tokens
+        else:  # the layer's next window, or the next layer
+            self._from = self._to
             if self._from == self.tokens:
-                self._enter(self._at + 1)
+                self._layer, self._from = self._layer + 1, 0
+            done = self._layer == layers
+        if done:
+            self._enter(self._at + 1)
 
     def _loss_piece(self) -> None:
         stop = self._loss_end(self._from)
@@ -262,23 +314,36 @@ class MicroBatch:
             self._enter(self._at + 1)
 
     def _backward_piece(self, window: int) -> None:
+        if self._recalled < self.tokens:
+            stop = min(self._recalled + RECALLED * window, self.tokens)
+            self._recall(self._layer, self._recalled, stop)
+            self._recalled = stop
+            return
         start = max(0, self._to - window)
         self._backward(self._layer, start, self._to)
         self.worked += BACKWARD * (self._to - start) / len(self._backbone.layers)
         self._to = start
         if start == 0:
             self._layer, self._to = self._layer - 1, self.tokens
+            self._recalled = self.tokens if self._keeps_kv else 0
             if self._layer < 0:
                 self._enter(self._at + 1)
 
     def _backward_credit(self, window: int, pieces: int) -> float:
         tokens, layer, stop = 0, self._layer, self._to
+        recalls = self._recalls(window, self._recalled)
         for _ in range(pieces):
             if layer < 0:
                 break
+            if recalls:
+                recalls -= 1
+                continue
             start = max(0, stop - window)
             tokens += stop - start
-            layer, stop = (layer, start) if start else (layer - 1, self.tokens)
+            if start == 0:
+                layer, stop, recalls = layer - 1, self.tokens, self._recalls(window, 0)
+            else:
+                stop = start
         return tokens / len(self._backbone.layers)
 
     def _loss_end(self, start: int) -> int:
@@ -331,6 +396,14 @@ class MicroBatch:
             b = min(a + self._loss_tokens, self.tokens)
             self._rows.write_output_gradient(a, self._rows.output_gradient(a, b) * factors[a:b, None])
 
+    def _recall(self, layer: int, a: int, b: int) -> None:
+        """Compute K and V of tokens [a, b) again, and nothing else of the layer."""
+        cache = _Recall()
+        queries = projections(self._backbone.layers[layer], "q_proj")
+        with torch.no_grad(), left_out(queries), contextlib.suppress(_Recalled):
+            self._call_layer(layer, self._layer_input(layer, a, b), cache, None, a, b)
+        self._rows.write_kv(layer, a, cache.keys, cache.values)
+
     def _backward(self, layer: int, a: int, b: int) -> None:
         if b == self.tokens:  # first piece of this layer: nothing has attended to its keys and values yet
             self._rows.clear_kv_gradients()
@@ -369,18 +442,23 @@ class MicroBatch:
         known: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, _Window]:
         cache = _Window(past, known)
+        out = self._call_layer(layer, hidden, cache, self._mask(layer, a, b), a, b)
+        return (out[0] if isinstance(out, tuple) else out)[0], cache
+
+    def _call_layer(
+        self, layer: int, hidden: Tensor, cache: _Window | _Recall, mask: Tensor | None, a: int, b: int
+    ) -> Any:
         # Drawn up again in every unit: kept, it would be memory outside the pool for every token.
         cos, sin = self._backbone.rotary(self._sequence.positions[a:b])[layer]
         with self._adapter.applied(layer, self._stages[self._at].tuned, self._dropout_key, a, b):
-            out: Any = self._backbone.layers[layer](
+            return self._backbone.layers[layer](
                 hidden[None],
-                attention_mask=self._mask(layer, a, b),
+                attention_mask=mask,
                 position_ids=self._sequence.positions[None, a:b],
                 past_key_values=cache,
                 use_cache=True,
                 position_embeddings=(cos, sin),
             )
-        return (out[0] if isinstance(out, tuple) else out)[0], cache
 
     def _first(self, layer: int, a: int) -> int:
         """The first token that window [a, ...) attends to: where token a's example or attention window begins."""

@@ -50,6 +50,7 @@ class Adaptive(Policy):
     def __init__(self, splits: Sequence[Split | None], *, holds: bool = True) -> None:
         self._splits = splits
         self._several = [split for split in splits if split is not None]
+        self.fuses = bool(self._several)
         self._holds = holds
         self._held = False
         self._decode: Bound | None = None

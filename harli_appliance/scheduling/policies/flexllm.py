@@ -25,6 +25,8 @@ BUDGETS = (512, 256, 128, 64, 32, 16, 8)
 
 
 class FlexLlm(Policy):
+    fuses = True
+
     def __init__(self) -> None:
         self._promise = math.nan
         self._tokens = 0

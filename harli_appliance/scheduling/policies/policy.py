@@ -47,6 +47,9 @@ class Situation:
 class Policy(ABC):
     """The cases that every policy treats alike; `share` is what makes one."""
 
+    fuses: bool = False
+    """Whether it may want training tokens to join a serving step's pass."""
+
     def admits(self, queue: Queue | None, outlook: Outlook, costs: Costs) -> Admission:
         """What the next step may be planned from; `queue` is None when no prompt waits."""
         return "all"
