@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harli_appliance.scheduling.answers import RECENT, AnswerLengths
+from harli_appliance.scheduling.answer_lengths import RECENT, AnswerLengths
 from harli_appliance.scheduling.deadlines import Deadlines
 from harli_appliance.scheduling.slo import PATIENCE, RequestTiming, SloTracker, Target
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from harli_appliance.scheduling.answers import AnswerLengths
+from harli_appliance.scheduling.answer_lengths import AnswerLengths
 from harli_appliance.scheduling.deadlines import Deadlines
 from harli_appliance.scheduling.types import Answering, Queue
 from harli_appliance.schema import SloClass
