@@ -21,7 +21,8 @@ SHORT = {
     for name, peak in {"ours": 250.0, "checkpointing": 1000.0, "plain": 2500.0}.items()
 }
 LONG = {"ours": {"peak_mib": 720.0, "formula_mib": 450.0, "loss": 13.5}}
-SECONDS = {"ours": 10.0, "checkpointing": 16.0, "plain": 12.0}
+SECONDS = {"ours": [10.0, 20.0, 11.0], "checkpointing": [16.0, 16.0, 16.0], "plain": [12.0, 24.2, 9.0]}
+"""Of three rounds: the second on a slower machine, in the third only one of them."""
 
 
 def report(short: Any = SHORT, long: Any = LONG, seconds: Any = SECONDS) -> dict[str, Any]:
@@ -33,7 +34,8 @@ def test_the_report_has_the_promised_numbers() -> None:
     assert made["seq_1024"]["peak_ratio_plain"] == 0.1
     assert made["seq_1024"]["peak_ratio_checkpointing"] == 0.25
     assert made["seq_1024"]["speed_ratio_plain"] == 1.2
-    assert made["seq_1024"]["tokens_per_s"]["ours"] == 102.4
+    assert made["seq_1024"]["tokens_per_s"]["ours"] == pytest.approx(1024 / 11, abs=1e-3)
+    assert made["seq_1024"]["step_s"] == SECONDS
     assert made["seq_4096"]["peak_ratio_formula"] == 1.6
     assert made["seq_4096"]["peak_ratio_plain"] is None
     assert made["machine"] == {"cpu": "some"}
@@ -48,7 +50,7 @@ def test_the_report_has_the_promised_numbers() -> None:
             {"short": {**SHORT, "checkpointing": {**SHORT["ours"], "peak_mib": 740.0}}},
             "seq_1024.peak_ratio_checkpointing",
         ),
-        ({"seconds": {**SECONDS, "ours": 12.1}}, "seq_1024.speed_ratio_plain"),
+        ({"seconds": {**SECONDS, "ours": [12.1, 24.3, 8.0]}}, "seq_1024.speed_ratio_plain"),
         ({"long": {"ours": {**LONG["ours"], "peak_mib": 901.0}}}, "seq_4096.peak_ratio_formula"),
         ({"short": {**SHORT, "ours": {**SHORT["ours"], "peak_mib": 170.0}}}, "seq_4096.growth"),
     ],
@@ -61,13 +63,13 @@ def test_a_goal_that_is_missed_is_told(changes: dict[str, Any], missed: str) -> 
 @pytest.fixture
 def measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path
-) -> Callable[[dict[str, float]], None]:
+) -> Callable[[dict[str, list[float]]], None]:
     """Children that say what they are told to, instead of measuring."""
     monkeypatch.setattr(bench, "resolve_model", lambda name, settings: tiny_model)
     monkeypatch.setenv("HARLI_HOME", str(tmp_path / "home"))
     peaks = {"1024": SHORT, "4096": {**SHORT, **LONG}}
 
-    def say(seconds: dict[str, float]) -> None:
+    def say(seconds: dict[str, list[float]]) -> None:
         program = (
             "import json, sys; part, _, tokens = sys.argv[1:]; "
             f"print(json.dumps({seconds!r} if part == 'speed' else {peaks!r}[tokens][part]))"
@@ -89,7 +91,7 @@ def test_it_writes_the_report_and_tells_goals(
     written = json.loads((tmp_path / "out" / "training.json").read_text())
     assert written["seq_4096"]["peak_mib"] == {"ours": 720.0, "checkpointing": 1000.0, "plain": 2500.0}
     assert "not met" not in capsys.readouterr().out
-    measured({**SECONDS, "ours": 20.0})
+    measured({**SECONDS, "ours": [20.0, 20.0, 30.0]})
     monkeypatch.setattr(bench, "available_mib", lambda: 1400.0)
     assert harli(["bench", "training", "--out", str(tmp_path / "out"), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
@@ -121,9 +123,23 @@ def test_memory_is_what_training_adds_to_the_model(tiny_model: Path) -> None:
     assert found["peak_mib"] > kept
 
 
-def test_speed_takes_turns(tiny_model: Path) -> None:
+class Noted:
+    def __init__(self, name: str, contender: Any, steps: list[str]) -> None:
+        self._name, self._contender, self._steps = name, contender, steps
+
+    def step(self) -> float:
+        self._steps.append(self._name)
+        return float(self._contender.step())
+
+
+def test_speed_takes_turns(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from harli_appliance.bench import training_parts
 
-    found = training_parts.speed(tiny_model, 32, rounds=1)
+    steps: list[str] = []
+    for name, build in training_parts.CONTENDERS.items():
+        noted = lambda *args, name=name, build=build: Noted(name, build(*args), steps)  # noqa: E731
+        monkeypatch.setitem(training_parts.CONTENDERS, name, noted)
+    found = training_parts.speed(tiny_model, 32, rounds=2)
     assert found.keys() == training_parts.CONTENDERS.keys()
-    assert all(seconds > 0 for seconds in found.values())
+    assert all(len(taken) == 2 and min(taken) > 0 for taken in found.values())
+    assert steps == 3 * ["plain", "ours", "checkpointing"], "a first round is not told"

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from harli_appliance.runtime import cpu_stand_ins
 
 SPEED = "speed"
-ROUNDS = 3
+ROUNDS = 5
 
 
-def measure(part: str, folder: Path, tokens: int) -> dict[str, float]:
+def measure(part: str, folder: Path, tokens: int) -> Mapping[str, float | list[float]]:
     # Stand-ins first: transformers trips over what is missing without a GPU.
     cpu_stand_ins.install()
     import torch
