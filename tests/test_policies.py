@@ -408,6 +408,7 @@ def test_a_prompt_waits_for_answers_that_it_would_make_late(
     for step in (PREFILL, DECODE):
         made.decide(Situation(step, 1e4, TPOT, READY), costs)
     assert made.admits(None, READY, costs) == "all"
+    assert made.admits(queue, IDLE, costs) == "all", "serving alone goes as it would without us"
     assert made.admits(queue, READY, costs) == admitted
     found = made.decide(Situation(DECODE, 1e4, TPOT, READY), costs)
     assert (found.reason == "prompt_waits") == (admitted == "answers"), "training waits as well"

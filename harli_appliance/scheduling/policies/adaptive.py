@@ -4,7 +4,7 @@ Requests bank what they gain on the promise (see `scheduling.slo`), and three ru
 
 - *Hold prompts*: while a prompt is read, every answer under way stands still. It is read once these are far
   enough ahead, counting a share of what they will gain until they end, or once it has waited for as long as it
-  may. While one waits, nothing else is spent.
+  may. While one waits, nothing else is spent. Without training work prompts never wait.
 - *Keep pace*: a decode step may have training beside it that is expected to take at most the promised time, less a
   margin. Slack then grows all the time, so none has to be there at first. The promise is a mean over many tokens,
   which is why it is compared with the expected step and not with its bound. The margin follows the requests that
@@ -62,6 +62,7 @@ class Adaptive(Policy):
     def admits(self, queue: Queue | None, outlook: Outlook, costs: Costs) -> Admission:
         self._held = (
             self._holds
+            and outlook.ready  # while nothing is trained, nothing of what is known here is kept up to date
             and queue is not None
             and self._decode is not None
             and queue.patience_ms > 0.0
