@@ -102,7 +102,8 @@ class Predictor:
         regime = self._regimes.get(key)
         if regime is None:
             regime = self._regimes[key] = Regime(self._quantile)
-        usual = self._bound(stage, step, place, fused_tokens)
+        features, size = _features(step, fused_tokens), _size(step)
+        usual = regime.bound(features, base, size)
         if usual is not None:
             predicted = self._at_pace(usual)
             regime.judge(measured_ms, predicted)
@@ -110,7 +111,7 @@ class Predictor:
             self._above.append(measured_ms > predicted.upper_ms)
             off = math.log(measured_ms / predicted.expected_ms)
             self._log_pace += PACE_WEIGHT * min(PACE_STEP, max(-PACE_STEP, off))
-        regime.add(_features(step, fused_tokens), measured_ms / self.pace, base, _size(step))
+        regime.add(features, measured_ms / self.pace, base, size)
 
     def observe_training(self, tokens: float, seconds: float, split: Split | None = None) -> None:
         """Learn how fast training goes: tokens done (parts count) in `seconds` of the training lane's time."""
