@@ -76,14 +76,45 @@ def test_forward_passes_ride_along_while_there_are_any() -> None:
 
 
 def test_time_that_was_banked_becomes_a_slice() -> None:
+    # After a step on small, whose unit under way takes 1 / 0.7 ms to end.
     rich = Room(pace_ms=0.0, spend_ms=60.0, slack_ms=70.0)
     found = choose(rich)
-    assert (found.mode, found.units) == ("time_slice", int(60.0 + TPOT - 2 * 8.8))
-    assert choose(replace(rich, slack_ms=50.0)).units == int(50.0 + TPOT - 2 * 8.8), (
+    assert (found.mode, found.split, found.after) == (
+        "partition",
+        SMALL,
+        int(60.0 + TPOT - 15.4 - 1 / 0.7 - 8.8),
+    )
+    assert choose(replace(rich, slack_ms=50.0)).after == int(50.0 + TPOT - 15.4 - 1 / 0.7 - 8.8), (
         "the next step is in time"
     )
-    assert choose(replace(rich, spend_ms=1e6, slack_ms=1e6)).units == MOST_UNITS
-    assert choose(replace(rich, spend_ms=16.0, slack_ms=30.0)).mode == "partition", "too short to be worth it"
+    assert choose(replace(rich, spend_ms=1e6, slack_ms=1e6)).after == MOST_UNITS
+    alone = choose(rich, splits=())
+    assert (alone.mode, alone.units, alone.after) == ("time_slice", int(60.0 + TPOT - 2 * 8.8), 0)
+
+
+def test_a_slice_leaves_time_for_what_is_cheapest_at_the_promised_pace() -> None:
+    """Small lasts at 14 ms a token, but now its bound is beyond the tightest deadline."""
+    now = replace(NOW, tpot_ms=16.0)
+    assert choose(replace(pace(14.0), slack_ms=15.4), now).split is SMALL
+    found = choose(replace(pace(14.0), slack_ms=15.3), now)
+    assert (found.split, found.after) == (HALF, int(14.0 - 9.0 - 1 / 0.45))
+    found = choose(replace(pace(14.0), slack_ms=12.0), now)
+    assert (found.split, found.after) == (HALF, 0), "12 + 16 ms hold 9.9 now, 2.2 of a unit, and 15.4 then"
+
+
+def test_what_costs_least_for_the_time_gained_is_chosen_where_answers_shall_get_ahead() -> None:
+    def ahead(well_enough: bool) -> Decision | None:
+        return cheapest(
+            DECODE, Bound(8.0, 8.8), NOW, WIDE, SPLITS, Costs(), lambda bound, tpot_ms: well_enough
+        )
+
+    # Of 15 ms a token: half costs 49.5 tokens for 6 ms, small 42 for 1 ms, alone 80 for 7 ms.
+    found = ahead(well_enough=True)
+    assert found is not None
+    assert (found.split, found.after) == (HALF, 0)
+    found = ahead(well_enough=False)
+    assert found is not None
+    assert found.mode == "pause"
 
 
 def test_prompts_run_alone_and_no_slice_follows_them() -> None:

@@ -358,6 +358,21 @@ async def test_a_burst_takes_leased_slots_back_and_training_repeats_itself(
     assert made.engine.state().pool.leased == 0, "the slots of an ended job are back though nothing is served"
 
 
+async def test_without_elastic_memory_a_burst_waits_for_what_training_holds(
+    rig: RigFactory, serving: Serving, reference: Any
+) -> None:
+    made = await rig("adaptive-no-elastic-memory", job=a_job("ftjob-rigid", epochs=20), watermark=0.0)
+    while made.trainer.state().tokens == 0:  # noqa: ASYNC110
+        await asyncio.sleep(0.002)
+    batch = [prompt(3000 + i, 600) for i in range(6)]
+    answers = await asyncio.gather(*(made.answer(f"rigid-{i}", ids, 75) for i, ids in enumerate(batch)))
+    for ids, tokens in zip(batch, answers, strict=True):
+        assert explained(reference, ids, tokens)
+    assert not made.queue.ended.is_set(), "the burst must have met training"
+    assert made.pool.use().reclaims == 0
+    assert made.trainer.state().dropped_micro_batches == made.trainer.state().swapped_micro_batches == 0
+
+
 async def test_cancelling_lets_go_of_everything(rig: RigFactory, serving: Serving) -> None:
     made = await rig(job=a_job(epochs=1000))
     while made.trainer.state().tokens < 50:  # noqa: ASYNC110  the trainer tells nobody

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,6 +199,23 @@ def test_work_is_trained_or_under_way_or_lost(slots: int | None) -> None:
     assert (training.dropped > 0) == (slots is not None), "serving takes slots back when it needs them"
     assert len(found.ended) == found.requests
     assert sum(found.modes.values()) == pytest.approx(1.0)
+
+
+def test_without_elastic_memory_serving_waits_for_a_micro_batch_to_end() -> None:
+    training = SimulatedTraining(H100, 2048)
+    training.leased = True
+    training.run(500.0)
+    assert training.left == math.inf
+    training.end_after_this()
+    assert training.left == pytest.approx(1548.0)
+    training.run(5000.0)
+    assert (training.trained, training.worked, training.leased) == (pytest.approx(2048), 2048, False)
+    made = server("adaptive-no-elastic-memory", 15_000)
+    found = replay(TRACE, [made])
+    assert made.training is not None
+    assert made.training.dropped == 0
+    assert made.training.trained > 2048
+    assert len(found.ended) == found.requests
 
 
 def test_units_add_up_to_micro_batches() -> None:

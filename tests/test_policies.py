@@ -410,9 +410,32 @@ def test_a_prompt_waits_for_answers_that_it_would_make_late(
     assert made.admits(None, READY, costs) == "all"
     assert made.admits(queue, IDLE, costs) == "all", "serving alone goes as it would without us"
     assert made.admits(queue, READY, costs) == admitted
-    found = made.decide(Situation(DECODE, 1e4, TPOT, READY), costs)
+    tightest = min((answer.tpot_ms for answer in answering), default=TPOT)
+    found = made.decide(Situation(DECODE, 1e4, tightest, READY), costs)
     assert (found.reason == "prompt_waits") == (admitted == "answers"), "training waits as well"
     assert make_policy("adaptive-no-holding").admits(queue, READY, costs) == "all"
+
+
+@pytest.mark.parametrize(
+    ("patience", "beside", "reason"),
+    [
+        (100.0, 80.0, "prompt_waits"),  # 31 ms are missing; beside training that takes 80 ms, alone 25
+        (200.0, 80.0, "corun_gets_ahead"),
+        (200.0, 99.0, "prompt_waits"),
+        (1e6, 112.0, "prompt_waits"),  # beside training answers fall behind
+    ],
+)
+def test_training_goes_on_while_a_prompt_waits_where_answers_still_get_ahead(
+    patience: float, beside: float, reason: str
+) -> None:
+    made, costs = Adaptive((None,)), KnownCosts(prefill=4.0, beside=beside)
+    for step in (PREFILL, DECODE):
+        made.decide(Situation(step, 1e4, TPOT, READY), costs)
+    assert made.admits(Queue(patience, [HELD]), READY, costs) == "answers"
+    found = made.decide(Situation(DECODE, 120.0, TPOT, READY), costs)
+    assert (found.reason, found.mode == "partition") == (reason, reason == "corun_gets_ahead")
+    made.admits(Queue(patience, [HELD]), READY, costs)
+    assert made.decide(Situation(DECODE, 79.0, TPOT, READY), costs).mode == "pause", "a deadline is near"
 
 
 def test_when_requests_miss_less_is_counted_on() -> None:

@@ -56,8 +56,9 @@ class Rig:
         self.told = 0
         lane = HereAndNow()
         self.residence = Residence(
-            self.state, self.pool, holder="job", lane=lane, memory_lane=lane, on_leave=self.tell
-        )
+            self.state, self.pool, holder="job", lane=lane, memory_lane=lane, drained=lane.drain,
+            on_leave=self.tell,
+        )  # fmt: skip
 
     def tell(self) -> None:
         self.told += 1

@@ -210,6 +210,30 @@ async def test_a_lease_is_given_back_when_the_device_is_done_with_it(turns: bool
     assert paces == [(8.0, half)]
 
 
+async def test_a_state_is_parked_when_the_lane_that_it_was_used_on_is_done() -> None:
+    """Serving wants the slots back while a unit that was launched on its own lane is still running."""
+    device, queue, leases = Device(), Queue(), []
+    home, serving = DeviceLane("training", device, ahead=1), DeviceLane("inference", device, ahead=1)
+    pool, run = SlotPool(Slots(), watermark=0.0), fake_run(device)
+    run.state.bytes = 1
+    run.state.park = lambda: device.happened.append("park")
+    run.state.place = lambda slots: device.happened.append("place")
+    grant = pool.grant_contiguous
+    pool.grant_contiguous = lambda *args, **named: leases.append(grant(*args, **named)) or leases[-1]  # type: ignore[method-assign, func-returns-value]
+
+    class Revoking(Batch):
+        has_added = False
+
+        def _unit(self) -> None:
+            super()._unit()
+            if len(leases) == 1:
+                leases[0].revoke()
+
+    run.begin, run.drop = lambda index, slots: Revoking(device), lambda index, batch: 0
+    await train(trainer_of(queue, pool, run, home), queue, lane=serving)
+    assert device.happened[:4] == ["place", "unit", "park", "place"]
+
+
 async def test_lanes_are_arranged_before_a_step_is_launched() -> None:
     happened: list[str] = []
     runtime = ScriptedRuntime()
@@ -279,6 +303,44 @@ async def test_what_is_learned_is_learned_for_the_split_it_ran_on() -> None:
     training.close()
     assert seen[0] == half
     assert half in trainer.places
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [
+        Decision("partition", "always", serve=True, units=0, split=Split("64+68", 0.5, 0.5), after=2),  # type: ignore[arg-type]
+        Decision("fused", "always", serve=True, units=1, fused_tokens=64, after=2),  # type: ignore[arg-type]
+    ],
+    ids=["beside training", "fused"],
+)
+async def test_a_slice_follows_the_step_on_the_whole_device(decision: Decision) -> None:
+    happened: list[str] = []
+
+    class Always(Scheduler):
+        def decide(self, step: Any, *args: Any) -> Decision:
+            return decision if step is not None else super().decide(step, *args)
+
+    class Noting(NoTraining):
+        def launch(self, units: int, lane: Any = None, *args: Any, **named: Any) -> Any:
+            happened.append(f"{units} on {lane.name}" if lane is inference else "other")
+            return super().launch(units)
+
+    runtime = ScriptedRuntime()
+    execute = runtime.execute
+    runtime.execute = lambda plan: happened.append("step") or execute(plan)  # type: ignore[method-assign, func-returns-value]
+    inference, training = Lane("inference"), Lane("training")
+    engine = Engine(
+        runtime, SlotPool(Slots(), watermark=0.0), Always(Predictor(), "serve_only"),
+        Noting(), SloTracker(100, 1000), inference, training, max_queued=3,  # type: ignore[arg-type]
+    )  # fmt: skip
+    task = asyncio.create_task(engine.run())
+    await tokens(engine, ask("r", 2))
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    inference.close()
+    training.close()
+    first = happened.index("step")
+    assert happened[first + 1] == "2 on inference"
 
 
 async def test_a_step_begins_again_when_a_micro_batch_is_dropped_that_has_added_gradients() -> None:

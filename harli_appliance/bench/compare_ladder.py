@@ -36,6 +36,9 @@ async def climb(
 ) -> list[Rung]:
     """Try rates until for each promise a kept and a broken rate are close to each other.
 
+    A rate that breaks a promise is tried again, and the better try counts: of a dozen requests, one that a shared
+    machine held up for a second would halve the capacity.
+
     Args:
         first_per_s: where to begin.
         most_rungs: no more rates are tried.
@@ -49,9 +52,19 @@ async def climb(
         rate = next((rate for promise in promises if (rate := _next(promise, rungs, first_per_s))), None)
         if rate is None:
             break
-        rungs.append(await attempt(rate))
+        rungs.append(await _best_of_two(rate, promises, attempt))
         rungs.sort(key=lambda rung: rung.rate_per_s)
     return rungs
+
+
+async def _best_of_two(
+    rate: float, promises: Sequence[Promise], attempt: Callable[[float], Awaitable[Rung]]
+) -> Rung:
+    rung = await attempt(rate)
+    if all(rung.attainment[promise.label] >= ATTAINMENT_GOAL for promise in promises):
+        return rung
+    again = await attempt(rate)
+    return max(rung, again, key=lambda found: sum(found.attainment.values()))
 
 
 def capacity(promise: Promise, rungs: Sequence[Rung]) -> float | None:

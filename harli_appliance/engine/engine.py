@@ -186,6 +186,7 @@ class Engine:
             await self._trainer.launch(decision.units, self._inference, decision.fused_tokens)
             ahead_ms = 1e3 * (time.perf_counter() - started)
             measured = await self._serve(plan)
+            await self._slice(decision)
             return measured and (measured[0] + ahead_ms, measured[1])
         serving = asyncio.create_task(self._serve(plan))
         lane = self._inference if decision.mode == "time_slice" else self._training
@@ -193,7 +194,13 @@ class Engine:
         measured = await serving
         if decision.units < UNLIMITED:
             await training
+        await self._slice(decision)
         return measured
+
+    async def _slice(self, decision: Decision) -> None:
+        """Training on the whole device, after a step."""
+        if decision.after:
+            await self._trainer.launch(decision.after, self._inference)
 
     async def _wait_for_work(self) -> None:
         with contextlib.suppress(TimeoutError):
@@ -205,9 +212,10 @@ class Engine:
         Args:
             prompts: whether it may read prompts while there are answers to go on with.
         """
-        admitted = await self._inference.run(self._admit_and_plan, prompts, True)
+        elastic = self._scheduler.elastic
+        admitted = await self._inference.run(self._admit_and_plan, prompts, elastic)
         shortage = admitted.shortage
-        if admitted.plan is None and self._depth.waiting:
+        if elastic and admitted.plan is None and self._depth.waiting:
             # Requests wait though the forecast saw enough: the runtime's own admission is stricter. Serving
             # comes first, so it gets everything.
             shortage = max(shortage, self._pool_use.leased)

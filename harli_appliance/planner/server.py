@@ -123,13 +123,18 @@ class SimulatedServer:
         otherwise."""
         slots, training = self._device.slots, self.training
         if training is not None and training.leased and needed + training.slots > slots:
+            if not self._scheduler.elastic:
+                training.end_after_this()
+                return False
             training.drop()
         return needed <= slots
 
     def _without_serving(self, decision: Decision, until: float) -> None:
-        """Nothing is served until the next arrival."""
+        """Nothing is served until the next arrival, or until training gives back what serving waits for."""
         if self.training is not None and decision.units:
-            self.training.run(self._device.training_rate() * (until - self.now))
+            rate = self._device.training_rate()
+            until = min(until, self.now + self.training.left / rate)
+            self.training.run(rate * (until - self.now))
             self._beside = WHOLE
         self.now = until
 
@@ -153,6 +158,9 @@ class SimulatedServer:
                 self._train_alone(training, decision.units)
         if training is not None and mode == "fused":
             training.forward(min(decision.fused_tokens, training.forward_tokens_left))
+        if training is not None and decision.after:
+            self._end_unit(training)
+            self._train_alone(training, decision.after)
         if training is not None and (mode == "partition" or delay < MIXED * took):
             self._scheduler.observe(
                 step,
@@ -172,6 +180,14 @@ class SimulatedServer:
         training.run(amount)
         self._scheduler.predictor.observe_training(amount, seconds, decision.split)
         self._beside = decision.split or WHOLE
+
+    def _end_unit(self, training: SimulatedTraining) -> None:
+        """The unit that is under way on a part of the device ends, before training has all of it."""
+        split, self._beside = self._beside, None
+        if split is not None:
+            amount = self._random.random() * training.amount_of(1)
+            training.run(amount)
+            self.now += amount / self._device.training_rate(split)
 
     def _train_alone(self, training: SimulatedTraining, units: int) -> None:
         """A slice: on the whole device, after the step, to the end of its last unit."""

@@ -8,6 +8,8 @@ far it came.
 
 from __future__ import annotations
 
+import math
+
 from harli_appliance.planner.device import Device
 from harli_appliance.scheduling.types import Outlook
 
@@ -29,6 +31,7 @@ class SimulatedTraining:
         self.worked = 0.0
         """Token equivalents of all work, the lost included."""
         self.leased = False
+        self._ends = False
         self._tokens = float(tokens)
         self._units = 2 * device.layers * windows
         self._forward = tokens * FORWARD_SHARE
@@ -60,16 +63,19 @@ class SimulatedTraining:
     # -- progress ----------------------------------------------------------------------------------------
 
     def run(self, amount: float) -> None:
-        """Do `amount` token equivalents of work, through as many micro-batches as it takes."""
-        self.worked += amount
+        """Do `amount` token equivalents of work, through as many micro-batches as it takes and slots allow."""
         while amount > 0.0:
             done = min(amount, self._tokens - self._at)
+            self.worked += done
             before = self._credit()
             self._at += done
             self.trained += self._credit() - before
             amount -= done
             if self._at >= self._tokens - 1e-9:
                 self._at = 0.0
+                if self._ends:
+                    self.leased = self._ends = False
+                    return
 
     def forward(self, tokens: int) -> None:
         """The forward pass of `tokens` tokens, at most `forward_tokens_left`."""
@@ -89,12 +95,21 @@ class SimulatedTraining:
                 at = 0.0
         return amount
 
+    def end_after_this(self) -> None:
+        """Give the slots back when the micro-batch under way has ended."""
+        self._ends = True
+
+    @property
+    def left(self) -> float:
+        """Token equivalents until that, infinity where it goes on with the next one."""
+        return self._tokens - self._at if self._ends else math.inf
+
     def drop(self) -> None:
         """Serving takes the slots back: the micro-batch in flight is done again later."""
         self.trained -= self._credit()
         self.dropped += self._at
         self._at = 0.0
-        self.leased = False
+        self.leased = self._ends = False
 
     def _credit(self) -> float:
         return max(0.0, self._at - self._forward) / (1.0 - FORWARD_SHARE)

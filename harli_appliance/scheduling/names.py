@@ -20,6 +20,7 @@ POLICIES: Final = {
     "llmstation": "runs a fixed piece of training beside every step, and waits for both",
     "adaptive-no-predictor": "trains beside answers while none is behind; nothing is predicted",
     "adaptive-no-holding": "as adaptive, but prompts are read as soon as they arrive",
+    "adaptive-no-elastic-memory": "as adaptive, but training keeps its slots until it is done with them",
     "adaptive-no-partitions": "as time_slice: what is left of adaptive where both cannot run at once",
     "time_slice": "trains between steps, as much as the deadlines leave",
     "time_slice:64": _TURNS.format(64),

@@ -44,6 +44,11 @@ class Scheduler:
         """Whether the policy in force may fuse steps with training."""
         return self._policy.fuses
 
+    @property
+    def elastic(self) -> bool:
+        """Whether serving takes back slots that training holds, under the policy in force."""
+        return self._policy.elastic
+
     def admits(self, queue: Queue | None, outlook: Outlook) -> Admission:
         """Which requests the next step may be planned from.
 

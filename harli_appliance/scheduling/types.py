@@ -138,6 +138,7 @@ class Decision:
         bound: the prediction for this step in this mode, None without a step or before there are samples.
         split: how the device is divided in mode `partition`; None where there is only one way.
         fused_tokens: training tokens whose forward pass rides along in mode `fused`.
+        after: work units that run on the whole device when the step has ended, before the next tick.
     """
 
     mode: Mode
@@ -147,3 +148,4 @@ class Decision:
     bound: Bound | None = None
     split: Split | None = None
     fused_tokens: int = 0
+    after: int = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -45,6 +45,7 @@ class Residence:
         holder: whose state it is, for the pool's ledger.
         lane: where bytes are copied; nothing else may use the state there at the same time.
         memory_lane: the inference lane, on which the pool may be asked for slots.
+        drained: waits until no other lane works with the state on the device any more.
         on_leave: called when the state must leave, so that the holder looks.
         on_copy: called with bytes and milliseconds of a move.
     """
@@ -57,6 +58,7 @@ class Residence:
         holder: str,
         lane: UnitLane,
         memory_lane: UnitLane,
+        drained: Callable[[], Awaitable[None]],
         on_leave: Callable[[], None],
         on_copy: Callable[[int, float], None] = lambda size, took_ms: None,
     ) -> None:
@@ -68,6 +70,7 @@ class Residence:
         self._slots = state.slots
         self._lane = lane
         self._memory_lane = memory_lane
+        self._drained = drained
         self._on_leave = on_leave
         self._on_copy = on_copy
         self._lease: Lease | None = None
@@ -112,7 +115,6 @@ class Residence:
             try:
                 await self._copy(self._state.park)
             finally:
-                await self._lane.drain()
                 self._let_go()
 
     async def _copy(self, move: Callable[..., None], *args: Tensor) -> None:
@@ -121,7 +123,11 @@ class Residence:
             move(*args)
             return 1e3 * (time.perf_counter() - started)
 
-        self._on_copy(self._state.bytes, await self._lane.run(timed))
+        await self._drained()
+        try:
+            self._on_copy(self._state.bytes, await self._lane.run(timed))
+        finally:
+            await self._lane.drain()  # units may run on another lane, and given back rows become another's
 
     def _let_go(self) -> None:
         if self._lease is not None:

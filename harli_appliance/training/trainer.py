@@ -228,6 +228,7 @@ class Trainer:
             holder=job.id,
             lane=self._home,
             memory_lane=self._memory_lane,
+            drained=self._drained,
             on_leave=self._changed.set,
             on_copy=self._swapping.copied,
         )
@@ -477,6 +478,9 @@ class Trainer:
         async with active.residence.in_use:
             done: T = await self._home.run(work)
         return done
+
+    async def _drained(self) -> None:
+        await self._ran_on.drain()
 
     async def _move_to(self, lane: UnitLane) -> None:
         """Lanes do not wait for each other on the device, so what one began is over before another goes on."""

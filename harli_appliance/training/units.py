@@ -31,10 +31,11 @@ from harli_appliance.training.activations import Activations, Buffers
 from harli_appliance.training.adapter import Adapter
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.cross_entropy import cross_entropy_
+from harli_appliance.training.layer_cache import KvComputed, KvOnly, LayerCache
 from harli_appliance.training.objectives import Objective
 from harli_appliance.training.pace import BACKWARD, FORWARD
 from harli_appliance.training.packing import PackedSequence
-from harli_appliance.training.recompute import left_out, projections, unneeded, valued
+from harli_appliance.training.recompute import left_out, projections, unneeded
 
 UnitKind = Literal["forward", "loss", "backward", "step"]
 Gradients = Callable[[int], Sequence[Tensor]]
@@ -65,52 +66,6 @@ class _Stage:
     kind: Literal["forward", "loss", "backward"]
     tuned: bool = True
     learns: bool = True
-
-
-class _Window:
-    """Stands in for transformers' cache during one piece: earlier keys and values in, new ones out.
-
-    Args:
-        known: the window's own keys and values where they are known already; what the layer computes then only
-            carries their gradient.
-    """
-
-    def __init__(self, past: tuple[Tensor, Tensor] | None, known: tuple[Tensor, Tensor] | None) -> None:
-        self._past = past
-        self._known = known
-        self.keys: Tensor
-        self.values: Tensor
-
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = keys, values
-        if self._known is not None:
-            keys, values = valued(self._known[0], keys), valued(self._known[1], values)
-        if self._past is None:
-            return keys, values
-        return torch.cat([self._past[0], keys], dim=2), torch.cat([self._past[1], values], dim=2)
-
-    def get_seq_length(self, *args: object) -> int:
-        return 0 if self._past is None else self._past[0].shape[2]
-
-
-class _Recalled(Exception):
-    """The layer has got as far as its keys and values."""
-
-
-class _Recall:
-    """Stands in for transformers' cache where nothing but keys and values is wanted."""
-
-    keys: Tensor
-    values: Tensor
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: object, **kwargs: object) -> None:
-        self.keys, self.values = keys, values
-        raise _Recalled
-
-    def get_seq_length(self, *args: object) -> int:
-        return 0
 
 
 class MicroBatch:
@@ -398,9 +353,9 @@ class MicroBatch:
 
     def _recall(self, layer: int, a: int, b: int) -> None:
         """Compute K and V of tokens [a, b) again, and nothing else of the layer."""
-        cache = _Recall()
+        cache = KvOnly()
         queries = projections(self._backbone.layers[layer], "q_proj")
-        with torch.no_grad(), left_out(queries), contextlib.suppress(_Recalled):
+        with torch.no_grad(), left_out(queries), contextlib.suppress(KvComputed):
             self._call_layer(layer, self._layer_input(layer, a, b), cache, None, a, b)
         self._rows.write_kv(layer, a, cache.keys, cache.values)
 
@@ -440,13 +395,13 @@ class MicroBatch:
         a: int,
         b: int,
         known: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, _Window]:
-        cache = _Window(past, known)
+    ) -> tuple[Tensor, LayerCache]:
+        cache = LayerCache(past, known)
         out = self._call_layer(layer, hidden, cache, self._mask(layer, a, b), a, b)
         return (out[0] if isinstance(out, tuple) else out)[0], cache
 
     def _call_layer(
-        self, layer: int, hidden: Tensor, cache: _Window | _Recall, mask: Tensor | None, a: int, b: int
+        self, layer: int, hidden: Tensor, cache: LayerCache | KvOnly, mask: Tensor | None, a: int, b: int
     ) -> Any:
         # Drawn up again in every unit: kept, it would be memory outside the pool for every token.
         cos, sin = self._backbone.rotary(self._sequence.positions[a:b])[layer]

@@ -32,6 +32,7 @@ _MAKE: dict[str, Callable[[Splits], Policy]] = {
     "llmstation": lambda _: LlmStation(),
     "adaptive-no-predictor": lambda _: Reactive(),
     "adaptive-no-holding": lambda splits: Adaptive(splits, holds=False),
+    "adaptive-no-elastic-memory": lambda splits: Adaptive(splits, elastic=False),
     "adaptive-no-partitions": lambda _: TimeSlice(),  # what is left of `adaptive` is to take turns
     "time_slice": lambda _: TimeSlice(),
     "time_slice:64": lambda _: EveryNSteps(64),

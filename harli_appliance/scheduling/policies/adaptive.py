@@ -4,7 +4,8 @@ Requests bank what they gain on the promise (see `scheduling.slo`), and three ru
 
 - *Hold prompts*: while a prompt is read, every answer under way stands still. It is read once these are far
   enough ahead, counting a share of what they will gain until they end, or once it has waited for as long as it
-  may. While one waits, nothing else is spent. Without training work prompts never wait.
+  may. While one waits, training goes on only where answers get ahead all the same, and soon enough; of several
+  ways to do so, the one that costs training least for the time gained. Without training work prompts never wait.
 - *Keep pace*: a decode step may have training beside it that is expected to take at most the promised time, less a
   margin. Slack then grows all the time, so none has to be there at first. The promise is a mean over many tokens,
   which is why it is compared with the expected step and not with its bound. The margin follows the requests that
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from harli_appliance.scheduling.policies.candidates import Room, cheapest
 from harli_appliance.scheduling.policies.corun_bound import corun_bound
@@ -27,6 +29,7 @@ from harli_appliance.scheduling.policies.hysteresis import Hysteresis
 from harli_appliance.scheduling.policies.margin import MOST, Margin
 from harli_appliance.scheduling.policies.policy import Policy, Situation, beside, pause
 from harli_appliance.scheduling.policies.prompts import Prompts
+from harli_appliance.scheduling.reasons import Reason
 from harli_appliance.scheduling.types import Admission, Bound, Costs, Decision, Outlook, Queue, Split, Step
 
 COUNTED = 0.5
@@ -38,6 +41,9 @@ RESERVE_TOKENS = 4.0
 """Promised times per token that are not spent either, where a prompt takes as long: it would wait for them."""
 STEPS_IN_A_ROW = 4
 """Steps slower than the promise that the slack must hold before the first of them."""
+SOON = 0.5
+"""Share of the time for which a prompt may still wait: where training goes on meanwhile, answers must be far
+enough ahead by then."""
 
 
 class Adaptive(Policy):
@@ -45,14 +51,17 @@ class Adaptive(Policy):
     Args:
         splits: ways to divide the device; (None,) where there is only one.
         holds: whether prompts may be held back.
+        elastic: see `Policy.elastic`.
     """
 
-    def __init__(self, splits: Sequence[Split | None], *, holds: bool = True) -> None:
+    def __init__(self, splits: Sequence[Split | None], *, holds: bool = True, elastic: bool = True) -> None:
         self._splits = splits
         self._several = [split for split in splits if split is not None]
         self.fuses = bool(self._several)
+        self.elastic = elastic
         self._holds = holds
         self._held = False
+        self._short_ms = self._patience_ms = 0.0
         self._decode: Bound | None = None
         self._reserve_ms = 0.0
         self._prompts = Prompts()
@@ -60,29 +69,30 @@ class Adaptive(Policy):
         self._spending = {split: Hysteresis() for split in splits}
 
     def admits(self, queue: Queue | None, outlook: Outlook, costs: Costs) -> Admission:
-        self._held = (
-            self._holds
-            and outlook.ready  # while nothing is trained, nothing of what is known here is kept up to date
-            and queue is not None
-            and self._decode is not None
-            and queue.patience_ms > 0.0
-            and self._too_close(queue, self._decode)
-        )
+        self._short_ms = self._patience_ms = 0.0
+        # While nothing is trained, nothing of what is known here is kept up to date.
+        if self._holds and outlook.ready and queue is not None and self._decode is not None:
+            self._patience_ms = queue.patience_ms
+            self._short_ms = self._short(queue, self._decode)
+        self._held = self._short_ms > 0.0 and self._patience_ms > 0.0
         return "answers" if self._held else "all"
 
-    def _too_close(self, queue: Queue, decode: Bound) -> bool:
-        """Whether an answer that can keep its promise would not after the next prompt."""
+    def _short(self, queue: Queue, decode: Bound) -> float:
+        """How much further ahead answers must be that can keep their promise, so that they can after the next
+        prompt too; 0 when they are far enough."""
         needed = self._prompts.next_ms + decode.upper_ms
         counted = COUNTED * (1.0 - self._margin.value / MOST)
+        short = 0.0
         for slack_ms, left, tpot_ms in queue.answering:
             ahead = slack_ms + counted * left * max(0.0, tpot_ms - decode.expected_ms)
-            if 0.0 <= ahead < needed:
-                return True
-        return False
+            if ahead >= 0.0:
+                short = max(short, needed - ahead)
+        return short
 
     def share(self, step: Step, now: Situation, costs: Costs) -> Decision:
         solo = costs.solo(step)
         self._margin.see(now.ended, now.missed)
+        held = self._held and step.kind == "decode"
         after_ms = 0.0
         if step.kind == "prefill":
             self._prompts.see(solo)
@@ -90,20 +100,26 @@ class Adaptive(Policy):
         elif solo is not None:
             self._decode = solo
             self._reserve_ms = RESERVE_STEPS * (solo.upper_ms - solo.expected_ms)
-            if self._held:
-                return pause("prompt_waits", solo)
         slack_ms = now.slack_ms - after_ms
         pace_ms = now.tpot_ms * (1.0 - self._margin.value)
         reserve_ms = self._reserve_ms + min(RESERVE_TOKENS * now.tpot_ms, self._prompts.next_ms)
         spend_ms = slack_ms - reserve_ms
         if self._several and solo is not None:
-            chosen = cheapest(step, solo, now, Room(pace_ms, spend_ms, slack_ms), self._several, costs)
+            ahead = self._gets_ahead if held else None
+            chosen = cheapest(step, solo, now, Room(pace_ms, spend_ms, slack_ms), self._several, costs, ahead)
+            if chosen is not None and held:
+                return replace(chosen, reason=_while_held(chosen))
             if chosen is not None:
                 return chosen
         known = self._fastest_training_first(step, costs)
         if not known:
             return pause("no_prediction", solo)
         fitting = [(split, bound) for split, bound in known if bound.upper_ms <= slack_ms]
+        if held:
+            for split, bound in fitting:
+                if self._gets_ahead(bound, now.tpot_ms):
+                    return beside("corun_gets_ahead", bound, split)
+            return pause("prompt_waits", solo)
         if not fitting:
             return pause("corun_too_slow", solo)
         for split, bound in fitting:
@@ -115,6 +131,11 @@ class Adaptive(Policy):
                 return beside("corun_keeps_pace", bound, split)
         return pause("keeps_reserve", solo)
 
+    def _gets_ahead(self, bound: Bound, tpot_ms: float) -> bool:
+        """Whether steps like that bring answers far enough ahead for the prompt that waits, and soon enough."""
+        gain_ms = tpot_ms - bound.expected_ms
+        return gain_ms > 0.0 and self._short_ms / gain_ms * bound.expected_ms <= SOON * self._patience_ms
+
     def _fastest_training_first(self, step: Step, costs: Costs) -> list[tuple[Split | None, Bound]]:
         """The splits on which this step can be predicted."""
         known = []
@@ -125,6 +146,10 @@ class Adaptive(Policy):
         if len(known) > 1:
             known.sort(key=lambda found: _training_rate(found[0], costs), reverse=True)
         return known
+
+
+def _while_held(decision: Decision) -> Reason:
+    return "prompt_waits" if decision.mode == "pause" else "corun_gets_ahead"
 
 
 def _training_rate(split: Split | None, costs: Costs) -> float:

@@ -7,14 +7,15 @@ that step costs training
     L_c = (R - R_c) t_c   tokens,
 
 which is R t for a step alone, and less what was passed forward, a third of a token's work each, for a fused
-step. But
-steps need not be frequent: each may take the promised time per token T. Stretching the time from step to step
-by a millisecond saves that share of a step, L / T tokens with L the cost of the cheapest step there is. So
-the choice is the one with the least
+step. What is left of the promised time per token T after a step is training's too: a slice on the whole device,
+which costs nothing more, but is of whole units, and waits for the unit that is under way beside the step to end.
+So steps need not be frequent, and stretching the time from step to step by a millisecond saves a share of a step,
+L / T tokens with L the cost of the cheapest step there is. The choice is the one with the least
 
-    L_c - (L / T) t_c
+    L_c - (L / T) (t_c + the slice that can follow it)
 
-among those for which there is time. A slice of training after a step stretches it without further cost.
+among those for which there is time. A slice leaves the next step time for what is cheapest at the promised pace,
+also where there is no time for it now: else slices would use up the time that it needs, again and again.
 
 Knows predictions. Which of them there is time for is for the policy to say (`Room`).
 """
@@ -22,8 +23,8 @@ Knows predictions. Which of them there is time for is for the policy to say (`Ro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from harli_appliance.scheduling.policies.policy import Situation, beside, pause
 from harli_appliance.scheduling.types import Bound, Costs, Decision, Split, Step
@@ -55,59 +56,107 @@ class Room:
         return bound.expected_ms <= self.pace_ms or bound.upper_ms <= self.spend_ms
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to make a step.
+
+    Attributes:
+        cost: tokens that training makes less than if it had the device meanwhile, times 1000.
+        unit_ms: of a unit beside it, which has to end before a slice begins; 0 without training beside it.
+    """
+
+    decision: Decision
+    bound: Bound
+    cost: float
+    unit_ms: float = 0.0
+
+
 def cheapest(
-    step: Step, solo: Bound, now: Situation, room: Room, splits: Sequence[Split], costs: Costs
+    step: Step,
+    solo: Bound,
+    now: Situation,
+    room: Room,
+    splits: Sequence[Split],
+    costs: Costs,
+    gets_ahead: Callable[[Bound, float], bool] | None = None,
 ) -> Decision | None:
     """The best of what there is room for; None while nothing is known of how fast training is.
 
     A step that processes prompts is bound by compute, which training beside it would only take away from it:
     such steps run alone.
+
+    Args:
+        gets_ahead: where answers shall get ahead of their deadlines: whether they do so well enough in steps of
+            that bound, at the promised time per token. What costs least for each millisecond gained is chosen.
     """
     alone_rate = costs.training_rate()
     if not math.isfinite(alone_rate):
         return None
-    alone_cost = alone_rate * solo.expected_ms
-    found: list[tuple[float, Bound, Split | int]] = []
-    if step.kind == "decode":
-        for split in splits:
-            bound, rate = costs.corun(step, split), costs.training_rate(split)
-            if bound is not None and room.holds(bound) and math.isfinite(rate):
-                cost = (alone_rate - rate) * bound.expected_ms
-                found.append((cost, bound, split))
-        for tokens in FUSED_TOKENS:
-            if tokens > now.outlook.fusible_tokens:
-                break
-            bound = costs.fused(step, tokens)
-            if bound is not None and room.holds(bound):
-                cost = alone_rate * bound.expected_ms - 1e3 * FORWARD_SHARE * tokens
-                found.append((cost, bound, tokens))
-    least = min((cost for cost, _, _ in found), default=alone_cost)
-    price = max(0.0, least) / now.tpot_ms
-    units = slice_units(step, solo, now, room)
-    alone_score = alone_cost - price * (solo.expected_ms + (units * now.outlook.unit_ms if units else 0.0))
-    score, bound, choice = min(
-        ((cost - price * bound.expected_ms, bound, choice) for cost, bound, choice in found),
-        key=lambda option: option[0],
-        default=(math.inf, solo, 0),
-    )
-    if alone_score <= score:
-        if units:
-            return Decision("time_slice", "slack_left", serve=True, units=units, bound=solo)
-        return pause("keeps_reserve", solo)
-    if isinstance(choice, Split):
-        return beside("corun_fits", bound, choice)
-    return Decision("fused", "fused_fits", serve=True, units=1, bound=bound, fused_tokens=choice)
+    alone = Candidate(pause("keeps_reserve", solo), solo, alone_rate * solo.expected_ms)
+    if step.kind == "prefill":
+        return alone.decision
+    others = [*_beside(step, now, splits, costs, alone_rate), *_fused(step, now, costs, alone_rate)]
+    fitting = [alone, *(candidate for candidate in others if room.holds(candidate.bound))]
+    if gets_ahead is not None:
+        return _gaining(alone, fitting, now.tpot_ms, gets_ahead)
+    lasting = [c for c in others if c.bound.expected_ms <= room.pace_ms and c.bound.upper_ms <= now.tpot_ms]
+    next_ms = min([alone, *lasting], key=lambda c: c.cost).bound.upper_ms
+    price = max(0.0, min(candidate.cost for candidate in fitting)) / now.tpot_ms
+    found: list[tuple[float, Candidate, int]] = []
+    for candidate in fitting:
+        units = slice_units(candidate, next_ms, now, room)
+        stretched_ms = candidate.bound.expected_ms + (units * now.outlook.unit_ms if units else 0.0)
+        found.append((candidate.cost - price * stretched_ms, candidate, units))
+    _, chosen, units = min(found, key=lambda option: option[0])
+    if not units:
+        return chosen.decision
+    if chosen is alone:
+        return Decision("time_slice", "slack_left", serve=True, units=units, bound=solo)
+    return replace(chosen.decision, after=units)
 
 
-def slice_units(step: Step, solo: Bound, now: Situation, room: Room) -> int:
+def _gaining(
+    alone: Candidate, fitting: Sequence[Candidate], tpot_ms: float, gets_ahead: Callable[[Bound, float], bool]
+) -> Decision:
+    """The step that costs training least for each millisecond by which answers get ahead."""
+    gaining = [
+        c for c in fitting if c.bound.expected_ms < tpot_ms and (c is alone or gets_ahead(c.bound, tpot_ms))
+    ]
+    return min(gaining or [alone], key=lambda c: c.cost / (tpot_ms - c.bound.expected_ms)).decision
+
+
+def _beside(
+    step: Step, now: Situation, splits: Sequence[Split], costs: Costs, alone_rate: float
+) -> Iterator[Candidate]:
+    for split in splits:
+        bound, rate = costs.corun(step, split), costs.training_rate(split)
+        if bound is not None and math.isfinite(rate):
+            unit_ms = now.outlook.unit_ms * alone_rate / rate if rate > 0.0 else math.inf
+            cost = (alone_rate - rate) * bound.expected_ms
+            yield Candidate(beside("corun_fits", bound, split), bound, cost, unit_ms)
+
+
+def _fused(step: Step, now: Situation, costs: Costs, alone_rate: float) -> Iterator[Candidate]:
+    for tokens in FUSED_TOKENS:
+        if tokens > now.outlook.fusible_tokens:
+            break
+        bound = costs.fused(step, tokens)
+        if bound is not None:
+            decision = Decision("fused", "fused_fits", serve=True, units=1, bound=bound, fused_tokens=tokens)
+            yield Candidate(decision, bound, alone_rate * bound.expected_ms - 1e3 * FORWARD_SHARE * tokens)
+
+
+def slice_units(candidate: Candidate, next_ms: float, now: Situation, room: Room) -> int:
     """Whole units that fit between this step and the next; after a decode step every deadline is one token later.
 
-    None after a prefill step: a request that has its first token by then is due the next one soon.
+    Args:
+        next_ms: that the next step may take.
     """
-    unit_ms = now.outlook.unit_ms
-    if step.kind == "prefill" or not math.isfinite(unit_ms):
+    unit_ms, bound = now.outlook.unit_ms, candidate.bound
+    if not math.isfinite(unit_ms):
         return 0
-    until_next = room.slack_ms + now.tpot_ms - 2 * solo.upper_ms
-    ahead = room.spend_ms + now.tpot_ms - 2 * solo.upper_ms
-    time = min(until_next, max(room.pace_ms - solo.expected_ms, ahead))
+    both_ms = bound.upper_ms + candidate.unit_ms + next_ms
+    until_next = room.slack_ms + now.tpot_ms - both_ms
+    ahead = room.spend_ms + now.tpot_ms - both_ms
+    time = min(until_next, max(room.pace_ms - bound.expected_ms - candidate.unit_ms, ahead))
     return max(0, int(min(time / unit_ms, MOST_UNITS)))

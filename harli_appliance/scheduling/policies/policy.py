@@ -49,6 +49,9 @@ class Policy(ABC):
 
     fuses: bool = False
     """Whether it may want training tokens to join a serving step's pass."""
+    elastic: bool = True
+    """Whether serving takes slots back that training holds; otherwise it waits until training is done with them:
+    with those of a micro-batch when it ends, with those of the adapter's state when the job does."""
 
     def admits(self, queue: Queue | None, outlook: Outlook, costs: Costs) -> Admission:
         """What the next step may be planned from; `queue` is None when no prompt waits."""
