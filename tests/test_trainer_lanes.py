@@ -185,6 +185,23 @@ def trainer_of(queue: Queue, pool: SlotPool, run: Any, lane: DeviceLane, **more:
     return trainer
 
 
+async def answer_two_tokens(
+    scheduler: Scheduler, trainer: NoTraining, runtime: ScriptedRuntime, **more: Any
+) -> None:
+    """An engine on lanes "inference" and "training" answers one request, and is stopped."""
+    inference, training = Lane("inference"), Lane("training")
+    engine = Engine(
+        runtime, SlotPool(Slots(), watermark=0.0), scheduler, trainer,  # type: ignore[arg-type]
+        SloTracker(100, 1000), inference, training, max_queued=3, **more,
+    )  # fmt: skip
+    task = asyncio.create_task(engine.run())
+    await tokens(engine, ask("r", 2))
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    inference.close()
+    training.close()
+
+
 async def train(trainer: Trainer, queue: Queue, **allowed: Any) -> None:
     """One unit at a time, until the job has ended."""
     task = asyncio.create_task(trainer.run())
@@ -247,17 +264,7 @@ async def test_lanes_are_arranged_before_a_step_is_launched() -> None:
         happened.append(f"arrange {decision.mode}")
 
     runtime.execute = noting  # type: ignore[method-assign]
-    inference, training = Lane("inference"), Lane("training")
-    engine = Engine(
-        runtime, SlotPool(Slots(), watermark=0.0), Scheduler(Predictor(), "serve_only"),
-        NoTraining(), SloTracker(100, 1000), inference, training, max_queued=3, arrange=arrange,  # type: ignore[arg-type]
-    )  # fmt: skip
-    task = asyncio.create_task(engine.run())
-    await tokens(engine, ask("r", 2))
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    inference.close()
-    training.close()
+    await answer_two_tokens(Scheduler(Predictor(), "serve_only"), NoTraining(), runtime, arrange=arrange)
     first = happened.index("step")
     assert happened[first - 1 : first + 3] == ["arrange pause", "step", "arrange pause", "step"]
 
@@ -290,17 +297,8 @@ async def test_what_is_learned_is_learned_for_the_split_it_ran_on() -> None:
             return Decision("partition", "always", serve=True, units=0, split=half)
 
     half = Split("64+68", 64 / 132, 68 / 132)
-    inference, training, trainer = Lane("inference"), Lane("training"), NoTraining()
-    engine = Engine(
-        ScriptedRuntime(), SlotPool(Slots(), watermark=0.0), OnSplit(Noting(), "serve_only"),
-        trainer, SloTracker(100, 1000), inference, training, max_queued=3,  # type: ignore[arg-type]
-    )  # fmt: skip
-    task = asyncio.create_task(engine.run())
-    await tokens(engine, ask("r", 2))
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    inference.close()
-    training.close()
+    trainer = NoTraining()
+    await answer_two_tokens(OnSplit(Noting(), "serve_only"), trainer, ScriptedRuntime())
     assert seen[0] == half
     assert half in trainer.places
 
@@ -322,23 +320,13 @@ async def test_a_slice_follows_the_step_on_the_whole_device(decision: Decision) 
 
     class Noting(NoTraining):
         def launch(self, units: int, lane: Any = None, *args: Any, **named: Any) -> Any:
-            happened.append(f"{units} on {lane.name}" if lane is inference else "other")
+            happened.append(f"{units} on {lane.name if lane else None}")
             return super().launch(units)
 
     runtime = ScriptedRuntime()
     execute = runtime.execute
     runtime.execute = lambda plan: happened.append("step") or execute(plan)  # type: ignore[method-assign, func-returns-value]
-    inference, training = Lane("inference"), Lane("training")
-    engine = Engine(
-        runtime, SlotPool(Slots(), watermark=0.0), Always(Predictor(), "serve_only"),
-        Noting(), SloTracker(100, 1000), inference, training, max_queued=3,  # type: ignore[arg-type]
-    )  # fmt: skip
-    task = asyncio.create_task(engine.run())
-    await tokens(engine, ask("r", 2))
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    inference.close()
-    training.close()
+    await answer_two_tokens(Always(Predictor(), "serve_only"), Noting(), runtime)
     first = happened.index("step")
     assert happened[first + 1] == "2 on inference"
 

@@ -176,6 +176,8 @@ class Engine:
             await self._wait_for_work()
             return
         measured = await self._run(plan, decision)
+        if decision.after:
+            await self._trainer.launch(decision.after, self._inference)
         if measured is not None:
             self._observe(step, decision, *measured)
 
@@ -186,7 +188,6 @@ class Engine:
             await self._trainer.launch(decision.units, self._inference, decision.fused_tokens)
             ahead_ms = 1e3 * (time.perf_counter() - started)
             measured = await self._serve(plan)
-            await self._slice(decision)
             return measured and (measured[0] + ahead_ms, measured[1])
         serving = asyncio.create_task(self._serve(plan))
         lane = self._inference if decision.mode == "time_slice" else self._training
@@ -194,13 +195,7 @@ class Engine:
         measured = await serving
         if decision.units < UNLIMITED:
             await training
-        await self._slice(decision)
         return measured
-
-    async def _slice(self, decision: Decision) -> None:
-        """Training on the whole device, after a step."""
-        if decision.after:
-            await self._trainer.launch(decision.after, self._inference)
 
     async def _wait_for_work(self) -> None:
         with contextlib.suppress(TimeoutError):

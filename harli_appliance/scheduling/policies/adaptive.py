@@ -29,7 +29,6 @@ from harli_appliance.scheduling.policies.hysteresis import Hysteresis
 from harli_appliance.scheduling.policies.margin import MOST, Margin
 from harli_appliance.scheduling.policies.policy import Policy, Situation, beside, pause
 from harli_appliance.scheduling.policies.prompts import Prompts
-from harli_appliance.scheduling.reasons import Reason
 from harli_appliance.scheduling.types import Admission, Bound, Costs, Decision, Outlook, Queue, Split, Step
 
 COUNTED = 0.5
@@ -107,10 +106,8 @@ class Adaptive(Policy):
         if self._several and solo is not None:
             ahead = self._gets_ahead if held else None
             chosen = cheapest(step, solo, now, Room(pace_ms, spend_ms, slack_ms), self._several, costs, ahead)
-            if chosen is not None and held:
-                return replace(chosen, reason=_while_held(chosen))
             if chosen is not None:
-                return chosen
+                return _while_held(chosen) if held else chosen
         known = self._fastest_training_first(step, costs)
         if not known:
             return pause("no_prediction", solo)
@@ -148,8 +145,8 @@ class Adaptive(Policy):
         return known
 
 
-def _while_held(decision: Decision) -> Reason:
-    return "prompt_waits" if decision.mode == "pause" else "corun_gets_ahead"
+def _while_held(decision: Decision) -> Decision:
+    return replace(decision, reason="prompt_waits" if decision.mode == "pause" else "corun_gets_ahead")
 
 
 def _training_rate(split: Split | None, costs: Costs) -> float:
