@@ -371,6 +371,9 @@ async def test_without_elastic_memory_a_burst_waits_for_what_training_holds(
     assert not made.queue.ended.is_set(), "the burst must have met training"
     assert made.pool.use().reclaims == 0
     assert made.trainer.state().dropped_micro_batches == made.trainer.state().swapped_micro_batches == 0
+    made.queue.ask("cancel")  # stopped in the middle of asking for slots, the trainer would leave them leased
+    made.trainer.wake()
+    await asyncio.wait_for(made.queue.ended.wait(), 30)
 
 
 async def test_cancelling_lets_go_of_everything(rig: RigFactory, serving: Serving) -> None:
