@@ -232,6 +232,7 @@ class Appliance:
             self._slots,
             watermark=settings.memory.watermark,
             keep_cached=settings.memory.keep_cached,
+            keep_free=settings.memory.keep_free,
         )
         if self._finetunes:
             twin = await self._training.run(shared_model, self._runtime.model, self._folder)

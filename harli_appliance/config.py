@@ -116,6 +116,13 @@ class MemorySettings(Section):
         "drop them all, 1 none. Kept entries make prompts with a known beginning faster; dropping them lets "
         "training go on in a full pool.",
     )
+    keep_free: float = Field(
+        0.25,
+        ge=0.0,
+        le=1.0,
+        description="Share of the pool that stays free when training keeps outputs of its forward pass in slots "
+        "that nobody needs, which spares it a quarter of its work; serving takes them back first. 1 keeps none.",
+    )
 
 
 class TrainingSettings(Section):

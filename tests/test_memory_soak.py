@@ -52,7 +52,7 @@ async def test_bursts_of_the_whole_pool(rig: RigFactory, serving: Serving) -> No
         await asyncio.wait_for(made.queue.ended.wait(), 120)
     assert made.queue.outcome == calm.queue.outcome == "succeeded"
     assert max(reclaim.units for reclaim in watch.reclaims) <= 1
-    assert {reclaim.purpose for reclaim in watch.reclaims} == {"activations", "adapter"}
+    assert {reclaim.purpose for reclaim in watch.reclaims} == {"outputs", "activations", "adapter"}
     assert made.queue.losses == calm.queue.losses
     assert made.weights_of("ftjob-soak") == calm.weights_of("ftjob-calm")
     await serving.lane.run(made.pool.settle)

@@ -57,11 +57,16 @@ class PoolMachine(RuleBasedStateMachine):
     """Serving (submit, tick, finish, cancel, evict) and holders (lease, release, crash; an adapter that is
     trained, placed and parked) in any order."""
 
-    @initialize(watermark=st.sampled_from([0.0, 0.1]), keep=st.sampled_from([0.0, 0.2, 1.0]))
-    def build(self, watermark: float, keep: float) -> None:
+    @initialize(
+        watermark=st.sampled_from([0.0, 0.1]),
+        keep=st.sampled_from([0.0, 0.2, 1.0]),
+        keep_free=st.sampled_from([0.0, 0.25]),
+    )
+    def build(self, watermark: float, keep: float, keep_free: float) -> None:
         self.source = RadixSlots(SIZE)
         self.reserve, self.keep = int(SIZE * watermark), int(SIZE * keep)
-        self.pool = SlotPool(self.source, watermark=watermark, keep_cached=keep)
+        self.keep_free = int(SIZE * keep_free)
+        self.pool = SlotPool(self.source, watermark=watermark, keep_cached=keep, keep_free=keep_free)
         self.leases: list[Lease] = []
         self.trained = Trained()
 
@@ -87,6 +92,21 @@ class PoolMachine(RuleBasedStateMachine):
         longest = max((len(entry) for entry in self.source.cache), default=0) + SIZE * (dropped > 0)
         assert left.cached >= min(before.cached, self.keep) - longest, "entries are dropped whole, no more"
         assert dropped == 0 or self.keep < SIZE
+
+    @rule(count=st.integers(1, 9), most=st.integers(1, 5))
+    def lease_spare(self, count: int, most: int) -> None:
+        self.pool.settle()
+        before = self.source.counts()
+        leases = self.pool.grant_spare(count, most, lambda: None, holder="job")
+        self.leases += leases
+        slots = [slot for lease in leases for slot in lease.indices.tolist()]
+        assert len(slots) == len(set(slots)) == count * len(leases) <= count * most
+        left = self.source.counts()
+        assert left.cached == before.cached, "nothing is dropped for what can be spared"
+        assert not leases or left.free >= max(self.keep_free, self.reserve)
+        assert not leases or left.free + left.cached >= self.source.demand() + max(
+            self.keep_free, self.reserve
+        )
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data(), twice=st.booleans())
@@ -236,6 +256,21 @@ def test_activations_are_revoked_before_adapters_and_the_newest_first() -> None:
     assert pool.use().reclaims == 3
 
 
+def test_kept_outputs_are_revoked_before_everything_else() -> None:
+    pool = SlotPool(RadixSlots(SIZE), watermark=0.0, keep_free=0.25)
+    older, newer = pool.grant_spare(10, 2, lambda: None)
+    activations = pool.grant(10, lambda: None)
+    assert pool.revoke(20) == [newer, older]
+    assert pool.use().reclaims == 1, "taken back once"
+    assert pool.revoke(25) == [newer, older, activations]
+
+
+@pytest.mark.parametrize(("keep_free", "leases"), [(0.0, 6), (0.25, 4), (0.9, 0), (1.0, 0)])
+def test_kept_outputs_leave_free_what_they_must(keep_free: float, leases: int) -> None:
+    pool = SlotPool(RadixSlots(SIZE), watermark=0.0, keep_free=keep_free)
+    assert len(pool.grant_spare(10, 100, lambda: None)) == leases
+
+
 def test_a_holder_is_awaited_until_it_lets_go() -> None:
     import asyncio
 
@@ -252,7 +287,9 @@ def test_a_holder_is_awaited_until_it_lets_go() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("shares", [{"watermark": 1.0}, {"watermark": 0.0, "keep_cached": 1.5}])
+@pytest.mark.parametrize(
+    "shares", [{"watermark": 1.0}, {"watermark": 0.0, "keep_cached": 1.5}, {"watermark": 0, "keep_free": -1}]
+)
 def test_shares_are_shares(shares: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must lie in"):
         SlotPool(RadixSlots(SIZE), **shares)

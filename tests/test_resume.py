@@ -227,6 +227,7 @@ def test_a_job_that_is_preempted_at_random_is_the_undisturbed_one(bench: Bench, 
         "parked",
         "placed",
         "dropped",
+        "spared slots taken back",
         "swapped forward",
         "swapped loss",
         "swapped backward",
@@ -268,10 +269,17 @@ class Storm:
     def micro_batch(self, index: int) -> int:
         """The index of the one to begin next."""
         count = self._run.slots_of(index)
-        batch = self._run.begin(index, self._elsewhere(count))
+        spared, layers = self._run.spared_slots_of(index), self._rng.randrange(self._run.layers + 1)
+        slots = self._elsewhere(count + layers * spared)
+        batch = self._run.begin(index, slots[:count])
+        batch.keep_outputs([slots[count + at * spared :][:spared] for at in range(layers)])
+        lent = set(range(layers))
         while (unit := batch.next_unit(self._run.window_tokens, layers=1)) is not None:
             unit.run()
             self.maybe_move()
+            if lent and self._rng.random() < 0.05:
+                batch.drop_outputs(lent.pop())
+                self._happened["spared slots taken back"] += 1
             chance = self._rng.random()
             if chance < (0.5 if unit.kind == "loss" else 0.06):
                 batch.swap_out()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.lanes import Lane
-from harli_appliance.memory.pool import SlotCounts, SlotPool
+from harli_appliance.memory.pool import Lease, SlotCounts, SlotPool
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.scheduling.slo import SloTracker
@@ -92,6 +92,12 @@ class Batch:
     def units_left(self, window: int) -> int:
         return self.left
 
+    def keep_outputs(self, slots: list[Tensor]) -> None:
+        assert [len(lent) for lent in slots] == [4, 4]
+
+    def drop_outputs(self, number: int) -> None:
+        self._device.happened.append(f"without {number}")
+
 
 def fake_run(device: Device) -> Any:
     def ran(what: str, *_: object) -> Any:
@@ -110,6 +116,8 @@ def fake_run(device: Device) -> Any:
         checkpoint_due=False,
         micro_batches=lambda: 1,
         slots_of=lambda index: 10,
+        spared_slots_of=lambda index: 4,
+        layers=2,
         ends_step=lambda index: True,
         begin=partial(ran, "begin"),
         finish=partial(ran, "finish"),
@@ -153,13 +161,19 @@ def watched(grant: Callable[..., Any], device: Device) -> Callable[..., Any]:
 
     def granted(*args: Any, **named: Any) -> Any:
         lease = grant(*args, **named)
+        if isinstance(lease, list):
+            return [watch(each) for each in lease]
+        return watch(lease)
+
+    def watch(lease: Lease) -> Any:
         give = lease.release
 
         def release() -> None:
             assert not any(device.running.values()), "the device still works on these slots"
             give()
 
-        return SimpleNamespace(indices=lease.indices, revoked=False, release=release)
+        lease.release = release  # type: ignore[method-assign]
+        return lease
 
     return granted
 
@@ -222,9 +236,30 @@ async def test_a_lease_is_given_back_when_the_device_is_done_with_it(turns: bool
     trainer = trainer_of(queue, pool, fake_run(device), home, on_pace=told)
     pool.grant = watched(pool.grant, device)  # type: ignore[method-assign]
     pool.grant_contiguous = watched(pool.grant_contiguous, device)  # type: ignore[method-assign]
+    pool.grant_spare = watched(pool.grant_spare, device)  # type: ignore[method-assign]
     await train(trainer, queue, lane=serving if turns else home, place=half)
     assert device.happened == ["begin", "unit", "unit", "unit", "finish", "step"]
+    pool.settle()
+    assert pool.leases() == ()
     assert paces == [(8.0, half)]
+
+
+async def test_serving_gets_back_what_could_be_spared_and_the_work_goes_on() -> None:
+    device, queue = Device(), Queue()
+    home, serving = DeviceLane("training", device, ahead=1), DeviceLane("inference", device, ahead=1)
+    pool, run = SlotPool(Slots(), watermark=0.0), fake_run(device)
+    pool.grant_spare = watched(pool.grant_spare, device)  # type: ignore[method-assign]
+
+    class Wanted(Batch):
+        def _unit(self) -> None:
+            super()._unit()
+            if self.left == 2:
+                pool.revoke(3)
+
+    run.begin = lambda index, slots: Wanted(device)
+    await train(trainer_of(queue, pool, run, home), queue, lane=serving)
+    assert device.happened == ["unit", "without 1", "unit", "unit", "finish", "step"]
+    assert pool.use().reclaims == 1
 
 
 async def test_a_state_is_parked_when_the_lane_that_it_was_used_on_is_done() -> None:

@@ -6,6 +6,7 @@ import copy
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harli_appliance.training import recompute, units
 from harli_appliance.training.activations import footprint
 from harli_appliance.training.adapter import Adapter
 from harli_appliance.training.backbone import Backbone
@@ -207,12 +207,11 @@ def test_gradients_of_every_method_equal_backpropagation(
 def test_values_that_no_gradient_needs_are_left_out_and_change_nothing(
     trained: tuple[Backbone, Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = examples(9, (60, 21))
-    original, left = recompute.unneeded, []
-    monkeypatch.setattr(units, "unneeded", lambda layer: left.append(original(layer)) or left[-1])
+    data, adapter = examples(9, (60, 21)), trained[1]
     loss, gradients = by_units(*trained, data, 100, lambda: (25, 1), 16)
-    assert all(len(found) == 3 for found in left)
-    monkeypatch.setattr(units, "unneeded", lambda layer: [])
+    assert all(len(layer.unneeded) == 3 for layer in adapter.projections)
+    all_computed = [replace(layer, unneeded=()) for layer in adapter.projections]
+    monkeypatch.setattr(adapter, "projections", all_computed)
     again, wanted = by_units(*trained, data, 100, lambda: (25, 1), 16)
     assert loss == again
     assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
@@ -220,8 +219,8 @@ def test_values_that_no_gradient_needs_are_left_out_and_change_nothing(
 
 @pytest.mark.parametrize(("method", "left"), [("lora", 3), ("dora", 1), ("ia3", 1)])
 def test_a_method_that_scales_a_projection_needs_its_value(reference: Any, method: Any, left: int) -> None:
-    backbone, _ = a_trained_adapter(reference, method=method, targets=("k_proj", "v_proj"))
-    assert all(len(recompute.unneeded(layer)) == left for layer in backbone.layers)
+    _, adapter = a_trained_adapter(reference, method=method, targets=("k_proj", "v_proj"))
+    assert all(len(layer.unneeded) == left and len(layer.kept) == 7 - left for layer in adapter.projections)
 
 
 def test_the_comparison_sees_a_small_mistake(trained: tuple[Backbone, Adapter]) -> None:

@@ -24,7 +24,7 @@ from harli_appliance.training.activations import footprint
 from harli_appliance.training.adapter import TARGETS, Adapter
 from harli_appliance.training.adapter_state import AdapterState
 from harli_appliance.training.backbone import Backbone
-from harli_appliance.training.job_run import loss_tokens
+from harli_appliance.training.kept_outputs import kept_slots
 from harli_appliance.training.objectives import Likelihood
 from harli_appliance.training.packing import EncodedExample, pack
 from harli_appliance.training.units import MicroBatch
@@ -46,24 +46,30 @@ class Contender(Protocol):
 
 
 class Units:
-    """Work units, with what they keep in rows of KV buffers that hold nothing else."""
+    """Work units, with what they keep in rows of KV buffers that hold nothing else.
 
-    def __init__(self, model: Any, tokens: Tensor, window: int = WINDOW) -> None:
+    Args:
+        spared: whether slots lie idle in which all layers' outputs can be kept.
+    """
+
+    def __init__(self, model: Any, tokens: Tensor, window: int = WINDOW, *, spared: bool = False) -> None:
         self._backbone = Backbone(model)
         self._adapter = Adapter(self._backbone, rank=RANK, alpha=ALPHA, seed=0)
         self._window = window
         count = len(tokens)
         (self._sequence,) = pack([EncodedExample(tuple(tokens.tolist()), (True,) * count)], count)
         slots = footprint(self._backbone, count).slots
-        self._slots = torch.arange(slots)
+        layers = len(self._backbone.layers)
+        kept = kept_slots(self._backbone, self._adapter.projections, count) if spared else 0
+        self._slots, self._spared = torch.arange(slots), torch.arange(slots, slots + layers * kept)
         # Not filled: memory that nothing was written to is no memory yet.
         keys, values = (
-            [torch.empty(slots, self._backbone.kv_width) for _ in self._backbone.layers] for _ in "kv"
+            [torch.empty(slots + layers * kept, self._backbone.kv_width) for _ in range(layers)] for _ in "kv"
         )
         self._buffers = keys, values
         self._optimizer = torch.optim.AdamW(self._adapter.parameters(), lr=RATE, weight_decay=0.0)
-        layers = [self._adapter.parameters(layer) for layer in range(len(self._backbone.layers))]
-        self._state = AdapterState(layers, self._optimizer, [*keys, *values])
+        trained = [self._adapter.parameters(layer) for layer in range(layers)]
+        self._state = AdapterState(trained, self._optimizer, [*keys, *values])
 
     def step(self) -> float:
         batch = MicroBatch(
@@ -73,10 +79,12 @@ class Units:
             buffers=self._buffers,
             slots=self._slots,
             objective=Likelihood(float(self._sequence.weights.sum())),
-            loss_tokens=loss_tokens(self._window),
+            loss_tokens=self._window // 2,
             dropout_key=0,
             gradients=self._state.gradients,
         )
+        if len(self._spared):
+            batch.keep_outputs(self._spared.chunk(len(self._backbone.layers)))
         while (unit := batch.next_unit(self._window, layers=1)) is not None:
             unit.run()
         self._optimizer.step()
@@ -114,6 +122,7 @@ class Peft:
 CONTENDERS: dict[str, Callable[[Any, Tensor], Contender]] = {
     "plain": lambda model, tokens: Peft(model, tokens, checkpointing=False),
     "ours": Units,
+    "spared": lambda model, tokens: Units(model, tokens, spared=True),
     "checkpointing": lambda model, tokens: Peft(model, tokens, checkpointing=True),
 }
 

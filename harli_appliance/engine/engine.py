@@ -212,8 +212,8 @@ class Engine:
         shortage = admitted.shortage
         if elastic and admitted.plan is None and self._depth.waiting:
             # Requests wait though the forecast saw enough: the runtime's own admission is stricter. Serving
-            # comes first, so it gets everything.
-            shortage = max(shortage, self._pool_use.leased)
+            # comes first, so it gets what could be spared, and if that was not enough, everything.
+            shortage = max(shortage, self._pool_use.spared or self._pool_use.leased)
         if shortage:
             for lease in self._pool.revoke(shortage):
                 await lease.released()

@@ -7,9 +7,9 @@ Invariants (checked by `check`, by property tests, and by SGLang's own leak chec
   the watermark; when they come to need more, leases are reclaimed and a holder lets go within one work unit;
 - no slot is handed out twice, and none is lost when a holder fails.
 
-`grant`, `grant_contiguous`, `settle`, `shortage` and `use` run on the inference lane between steps, where the
-slot source may be touched; `revoke` and `Lease.release` on the event loop. Released slots return at the next
-`settle`. Knows slots and leases; does not know what lies in a lease, nor SGLang.
+`grant`, `grant_contiguous`, `grant_spare`, `settle`, `shortage` and `use` run on the inference lane between steps,
+where the slot source may be touched; `revoke` and `Lease.release` on the event loop. Released slots return at the
+next `settle`. Knows slots and leases; does not know what lies in a lease, nor SGLang.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-Purpose = Literal["activations", "adapter"]
-"""What a lease is for, which is how dear it is to lose: activations can be computed again, an adapter's state
-must be copied away first."""
+Purpose = Literal["outputs", "activations", "adapter"]
+"""What a lease is for, which is how dear it is to lose: without kept outputs work goes on more slowly, activations
+must be computed again, an adapter's state must be copied away first."""
+DEARNESS: dict[Purpose, int] = {"outputs": 0, "activations": 1, "adapter": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,11 @@ class PoolUse:
     leases: tuple[LeaseUse, ...] = ()
     forecast: int = 0
 
+    @property
+    def spared(self) -> int:
+        """Slots that hold nothing but kept outputs."""
+        return sum(lease.slots for lease in self.leases if lease.purpose == "outputs")
+
 
 class Lease:
     """Slots held by one holder until `release`.
@@ -131,17 +137,23 @@ class SlotPool:
 
     Args:
         watermark: share of all slots that is never leased, in [0, 1).
+        keep_free: share of all slots that is left free when leases are granted for kept outputs, in [0, 1].
         keep_cached: share of all slots up to which unused prefix-cache entries are kept from leases, in [0, 1].
             They speed up later requests that share a prefix: keeping them costs training memory, dropping
             them costs serving time. Serving itself evicts what it needs, whatever this says.
     """
 
-    def __init__(self, source: SlotSource, *, watermark: float, keep_cached: float = 0.0) -> None:
+    def __init__(
+        self, source: SlotSource, *, watermark: float, keep_cached: float = 0.0, keep_free: float = 0.0
+    ) -> None:
         if not 0.0 <= watermark < 1.0:
             raise ValueError(f"watermark must lie in [0, 1), got {watermark}")
         if not 0.0 <= keep_cached <= 1.0:
             raise ValueError(f"keep_cached must lie in [0, 1], got {keep_cached}")
+        if not 0.0 <= keep_free <= 1.0:
+            raise ValueError(f"keep_free must lie in [0, 1], got {keep_free}")
         self._source = source
+        self._keep_free = int(source.size * keep_free)
         self._reserve = int(source.size * watermark)
         self._keep_cached = int(source.size * keep_cached)
         self._lock = threading.Lock()
@@ -187,6 +199,21 @@ class SlotPool:
         """Lease `count` slots with consecutive indices; None while serving needs them or no run is that long."""
         return self._grant(self._source.take_contiguous, count, on_revoke, holder, purpose)
 
+    def grant_spare(
+        self, count: int, most: int, on_revoke: Callable[[], None], *, holder: str = ""
+    ) -> list[Lease]:
+        """Up to `most` leases of any `count` slots each for kept outputs, of slots that nobody needs: `keep_free`
+        and the prefix cache are left alone."""
+        self.settle()
+        counts = self._source.counts()
+        spare = min(counts.free, counts.free + counts.cached - self._source.demand())
+        number = max(0, min(most, (spare - max(self._reserve, self._keep_free)) // max(count, 1)))
+        indices = self._source.take(number * count, evict=0) if number else None
+        if indices is None:
+            return []
+        parts = (indices[at : at + count] for at in range(0, len(indices), count))
+        return [self._lease(part, holder, "outputs", on_revoke) for part in parts]
+
     def _grant(
         self,
         take: Callable[..., Tensor | None],
@@ -205,10 +232,13 @@ class SlotPool:
         indices = take(count, evict=evictable)
         if indices is None:
             return None
+        return self._lease(indices, holder, purpose, on_revoke)
+
+    def _lease(self, indices: Tensor, holder: str, purpose: Purpose, on_revoke: Callable[[], None]) -> Lease:
         lease = Lease(indices, holder, purpose, on_revoke, self._take_back)
         with self._lock:
             self._held[lease] = None
-            self._leased += count
+            self._leased += len(indices)
             self._leased_max = max(self._leased_max, self._leased)
         return lease
 
@@ -232,17 +262,17 @@ class SlotPool:
     def revoke(self, slots: int) -> list[Lease]:
         """Ask holders of at least `slots` slots to let go; await `Lease.released` of what is returned.
 
-        What is least dear goes first: leases that are on their way back already, then activations from the
-        newest on (the least work is in them), then adapters, the newest first.
+        What is least dear goes first: leases that are on their way back already, then kept outputs, then
+        activations, then adapters, of each the newest first (the least work is in it).
         """
         wanted: list[Lease] = []
         with self._lock:
             newest = list(reversed(self._held))
-            for lease in sorted(newest, key=lambda lease: (not lease.revoked, lease.purpose == "adapter")):
+            for lease in sorted(newest, key=lambda lease: (not lease.revoked, DEARNESS[lease.purpose])):
                 if sum(map(len, wanted)) >= slots:
                     break
                 wanted.append(lease)
-            self._reclaims += sum(not lease.revoked for lease in wanted)
+            self._reclaims += len({lease.purpose for lease in wanted if not lease.revoked})
         for lease in wanted:
             lease.revoke()
         return wanted

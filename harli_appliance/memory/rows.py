@@ -10,7 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor
+from torch import Tensor, index_select
+from torch.nn.functional import pad
+
+
+def rows_of(width: int, row_width: int) -> int:
+    """Rows of `row_width` that one vector of `width` takes."""
+    return -(-width // row_width)
 
 
 class RowBlock:
@@ -25,6 +31,7 @@ class RowBlock:
         self._buffers = tuple(buffers)
         self._slots = slots
         self._per_buffer = len(slots)
+        self.width: int = buffers[0].shape[1]
         self.used = 0
         """Rows [0, used) have been written, or some of them."""
 
@@ -34,15 +41,9 @@ class RowBlock:
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) as a new tensor of shape [stop - start, width]."""
-        pieces = [buffer.index_select(0, slots) for buffer, slots, _ in self._pieces(start, stop)]
-        if len(pieces) == 1:
-            return pieces[0]
-        width = self._buffers[0].shape[1]
-        whole = self._buffers[0].new_empty(stop - start, width)
-        offset = 0
-        for piece in pieces:
-            whole[offset : offset + len(piece)] = piece
-            offset += len(piece)
+        whole = self._buffers[0].new_empty(stop - start, self.width)
+        for buffer, slots, offset in self._pieces(start, stop):
+            index_select(buffer, 0, slots, out=whole[offset : offset + len(slots)])
         return whole
 
     def write(self, start: int, values: Tensor) -> None:
@@ -50,6 +51,18 @@ class RowBlock:
         self.used = max(self.used, start + len(values))
         for buffer, slots, offset in self._pieces(start, start + len(values)):
             buffer.index_copy_(0, slots, values[offset : offset + len(slots)])
+
+    def read_wide(self, start: int, count: int, width: int) -> Tensor:
+        """`count` vectors of `width`, each in as many whole rows as it needs, the first one from row `start` on; a
+        tensor of shape [count, width]."""
+        rows = self.read(start, start + count * rows_of(width, self.width))
+        return rows.view(count, -1)[:, :width]
+
+    def write_wide(self, start: int, vectors: Tensor) -> None:
+        """Store `vectors` of shape [n, any width] as `read_wide` finds them."""
+        missing = -vectors.shape[1] % self.width
+        padded = pad(vectors, (0, missing)) if missing else vectors
+        self.write(start, padded.reshape(-1, self.width))
 
     def add(self, start: int, values: Tensor) -> None:
         """Add `values` of shape [n, width] to rows [start, start + n)."""

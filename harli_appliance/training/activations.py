@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harli_appliance.memory.rows import RowBlock
+from harli_appliance.memory.rows import RowBlock, rows_of
 from harli_appliance.training.backbone import Backbone
 
 Buffers = tuple[Sequence[Tensor], Sequence[Tensor]]
@@ -40,7 +40,7 @@ def footprint(backbone: Backbone, tokens: int, *, keeps_kv: bool = False) -> Foo
     Args:
         keeps_kv: whether K and V are kept of every layer, for a slot more a token.
     """
-    rows = -(-backbone.hidden_size // backbone.kv_width)
+    rows = rows_of(backbone.hidden_size, backbone.kv_width)
     all_layers = 2 * len(backbone.layers)
     at_a_time = rows + (2 if keeps_kv else 4)
     return Footprint(
@@ -71,7 +71,7 @@ class Activations:
         self._backbone = backbone
         self._buffers = buffers
         self._keeps_kv = keeps_kv
-        self._per_hidden = -(-backbone.hidden_size // backbone.kv_width)
+        self._per_hidden = rows_of(backbone.hidden_size, backbone.kv_width)
         begins = range(tokens * self._per_hidden, tokens * (self._per_hidden + 4), tokens)
         if keeps_kv:
             self._grad_k, self._grad_v = begins[:2]
@@ -115,11 +115,11 @@ class Activations:
 
     def write_kv(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         if self._keeps_kv:
-            self._keys[layer].write(start, _to_rows(keys))
-            self._values[layer].write(start, _to_rows(values))
+            self._keys[layer].write(start, kv_to_rows(keys))
+            self._values[layer].write(start, kv_to_rows(values))
         else:
-            self._scratch.write(self._k + start, _to_rows(keys))
-            self._scratch.write(self._v + start, _to_rows(values))
+            self._scratch.write(self._k + start, kv_to_rows(keys))
+            self._scratch.write(self._v + start, kv_to_rows(values))
 
     def kv(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Of a layer that keeps them, or of the one that they were written of last."""
@@ -128,7 +128,7 @@ class Activations:
         else:
             keys = self._scratch.read(self._k + start, self._k + stop)
             values = self._scratch.read(self._v + start, self._v + stop)
-        return self._from_rows(keys), self._from_rows(values)
+        return kv_from_rows(keys, self._backbone), kv_from_rows(values, self._backbone)
 
     def write_input(self, layer: int, start: int, hidden: Tensor) -> None:
         """What a layer reads; one past the last layer is the model's final hidden state."""
@@ -150,28 +150,27 @@ class Activations:
         self._scratch.zero(self._grad_k, self._grad_k + 2 * self._tokens)
 
     def add_kv_gradients(self, start: int, keys: Tensor, values: Tensor) -> None:
-        self._scratch.add(self._grad_k + start, _to_rows(keys))
-        self._scratch.add(self._grad_v + start, _to_rows(values))
+        self._scratch.add(self._grad_k + start, kv_to_rows(keys))
+        self._scratch.add(self._grad_v + start, kv_to_rows(values))
 
     def kv_gradients(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         return (
-            self._from_rows(self._scratch.read(self._grad_k + start, self._grad_k + stop)),
-            self._from_rows(self._scratch.read(self._grad_v + start, self._grad_v + stop)),
+            kv_from_rows(self._scratch.read(self._grad_k + start, self._grad_k + stop), self._backbone),
+            kv_from_rows(self._scratch.read(self._grad_v + start, self._grad_v + stop), self._backbone),
         )
 
     def _read_hidden(self, block: RowBlock, start: int, stop: int) -> Tensor:
-        rows = block.read(start * self._per_hidden, stop * self._per_hidden)
-        return rows.view(stop - start, -1)[:, : self._backbone.hidden_size]
+        return block.read_wide(start * self._per_hidden, stop - start, self._backbone.hidden_size)
 
     def _write_hidden(self, block: RowBlock, start: int, hidden: Tensor) -> None:
-        width = self._per_hidden * self._backbone.kv_width
-        padded = torch.nn.functional.pad(hidden, (0, width - hidden.shape[1]))
-        block.write(start * self._per_hidden, padded.reshape(-1, self._backbone.kv_width))
-
-    def _from_rows(self, rows: Tensor) -> Tensor:
-        return rows.view(1, len(rows), self._backbone.kv_heads, self._backbone.head_size).transpose(1, 2)
+        block.write_wide(start * self._per_hidden, hidden)
 
 
-def _to_rows(states: Tensor) -> Tensor:
+def kv_from_rows(rows: Tensor, backbone: Backbone) -> Tensor:
+    """[n, kv_width] rows to [1, kv heads, n, head size], a view."""
+    return rows.view(1, len(rows), backbone.kv_heads, backbone.head_size).transpose(1, 2)
+
+
+def kv_to_rows(states: Tensor) -> Tensor:
     """[1, kv heads, n, head size] to [n, kv_width] rows."""
     return states.detach()[0].transpose(0, 1).reshape(states.shape[2], -1)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from harli_appliance.schema import TARGET_MODULES, PeftMethod
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.dropout import DropoutStream, TokenDropout, token_keys
+from harli_appliance.training.recompute import projections
 
 TARGETS = TARGET_MODULES
 FEEDFORWARD = "down_proj"
@@ -69,6 +70,8 @@ class Adapter:
         self._layers: list[list[nn.Parameter]] = [
             [p for p in layer.parameters() if p.requires_grad] for layer in backbone.layers
         ]
+        self.projections = [projections(layer) for layer in backbone.layers]
+        """Each layer's, as computing it again needs them."""
 
     def _draw(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)

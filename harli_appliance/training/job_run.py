@@ -26,6 +26,7 @@ from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.dataset import read_examples
 from harli_appliance.training.dropout import sequence_key
 from harli_appliance.training.fit import fit, fitting_tokens
+from harli_appliance.training.kept_outputs import kept_slots
 from harli_appliance.training.learning_rate import learning_rate
 from harli_appliance.training.objectives import Likelihood, Objective, Preference
 from harli_appliance.training.packing import (
@@ -203,6 +204,13 @@ class JobRun:
         size = partial(footprint, self._backbone, len(self._packs[index]))
         more = size(keeps_kv=True).slots
         return more if self._options.fuses() and more <= self._leasable else size(keeps_kv=False).slots
+
+    def spared_slots_of(self, index: int) -> int:
+        """Slots for each layer in which micro-batch `index` would keep what spares computing that layer again; 0
+        where there is nothing to keep."""
+        if self.evaluating:
+            return 0
+        return kept_slots(self._backbone, self.adapter.projections, len(self._packs[index]))
 
     def begin(self, index: int, slots: Tensor) -> MicroBatch:
         """Start a micro-batch; its backward units add to the gradients of the step.

@@ -1,15 +1,17 @@
-"""Computing a layer again only as far as its gradients need it.
+"""Computing a layer again only as far as its gradients need it, and as its values are not known.
 
 The gradients of a linear projection y = W x are W^T dy and dy x^T: y itself is not in them. Where nothing after a
 projection needs y's value either, the backward pass leaves W x out: the layer's last projection, whose output only
 joins the residual stream, and those of K and V, whose values lie in the cache. In SmolLM2-135M they are 31% of a
-layer's multiplications, and every gradient stays the same bit for bit. Knows modules and autograd, not units.
+layer's multiplications, and every gradient stays the same bit for bit. A value that was kept from the forward pass
+takes the place of W x. Knows modules and autograd, not units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,18 +28,18 @@ VALUES_NEEDED_AFTER = {
 """Projections that can be left out of a layer, and the modules whose gradients would need their values."""
 
 
-class _Unvalued(torch.autograd.Function):
-    """A linear projection with its gradient and without its value; [..., in] to [..., out] of zeros."""
+class _Projected(torch.autograd.Function):
+    """A linear projection's gradient, with a value that is not computed from x [..., in]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return x.new_zeros(1).expand(*x.shape[:-1], len(weight))
+        return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return gradients[0] @ weight, None
+        return gradients[0] @ weight, None, None
 
 
 class _Valued(torch.autograd.Function):
@@ -58,12 +60,45 @@ def valued(value: Tensor, graph: Tensor) -> Tensor:
     return out
 
 
-def _unvalued(projection: nn.Linear, x: Tensor) -> Tensor:
-    out: Tensor = _Unvalued.apply(x, projection.weight)  # type: ignore[no-untyped-call]
+def without_value(projection: nn.Linear, x: Tensor) -> Tensor:
+    """Zeros of shape [..., out] in place of W x, with its gradient."""
+    return with_value(projection, x, x.new_zeros(1).expand(*x.shape[:-1], len(projection.weight)))
+
+
+def with_value(projection: nn.Linear, x: Tensor, value: Tensor) -> Tensor:
+    """`value`, which is W x, with its gradient."""
+    out: Tensor = _Projected.apply(x, projection.weight, value)  # type: ignore[no-untyped-call]
     return out
 
 
-def projections(layer: nn.Module, name: str) -> list[nn.Linear]:
+@dataclass(frozen=True, slots=True)
+class Projections:
+    """A decoder layer's projections that are not trained, by what computing it again needs of them.
+
+    Attributes:
+        queries: those of the queries, which K and V do not need.
+        unneeded: those whose values the gradients do not need.
+        kept: the others, whose values may be kept from the forward pass.
+    """
+
+    queries: tuple[nn.Linear, ...]
+    unneeded: tuple[nn.Linear, ...]
+    kept: tuple[nn.Linear, ...]
+
+
+def projections(layer: nn.Module) -> Projections:
+    """Of a layer with the adapter that is on it now; without what the adapter adds to them."""
+    without = _unneeded(layer)
+    frozen = (module for module in layer.modules() if isinstance(module, nn.Linear) and _is_frozen(module))
+    kept = [projection for projection in frozen if projection not in without]
+    return Projections(tuple(_named(layer, "q_proj")), tuple(without), tuple(kept))
+
+
+def _is_frozen(module: nn.Linear) -> bool:
+    return type(module) is nn.Linear and not module.weight.requires_grad
+
+
+def _named(layer: nn.Module, name: str) -> list[nn.Linear]:
     """The layer's own projections of that name, without what an adapter adds to them."""
     found = []
     for path, module in layer.named_modules():
@@ -74,7 +109,7 @@ def projections(layer: nn.Module, name: str) -> list[nn.Linear]:
     return found
 
 
-def unneeded(layer: nn.Module) -> list[nn.Linear]:
+def _unneeded(layer: nn.Module) -> list[nn.Linear]:
     """The projections of a decoder layer whose values its gradients do not need.
 
     Adapters other than LoRA's own sum (DoRA, IA3) scale the base layer's output, so their gradients need it.
@@ -89,7 +124,7 @@ def unneeded(layer: nn.Module) -> list[nn.Linear]:
             if not _only_adds(module):
                 continue
             module = module.get_base_layer()
-        if type(module) is nn.Linear and not module.weight.requires_grad:
+        if isinstance(module, nn.Linear) and _is_frozen(module):
             found.append(module)
     return found
 
@@ -98,13 +133,18 @@ def _only_adds(tuner: BaseTunerLayer) -> bool:
     return isinstance(tuner, LoraLayer) and not any(tuner.use_dora.values())
 
 
+def left_out(without: Iterable[nn.Linear]) -> Mapping[nn.Linear, Callable[[Tensor], Tensor]]:
+    """For `replaced`: projections whose values are not needed."""
+    return {projection: partial(without_value, projection) for projection in without}
+
+
 @contextmanager
-def left_out(without: list[nn.Linear]) -> Iterator[None]:
-    """While a layer is computed and the values of some of its projections are not needed."""
-    for projection in without:
-        projection.forward = partial(_unvalued, projection)  # type: ignore[method-assign]
+def replaced(forwards: Mapping[nn.Linear, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """While a layer is computed and some of its projections are computed by other functions of their input."""
+    for projection, forward in forwards.items():
+        projection.forward = forward  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        for projection in without:
+        for projection in forwards:
             del projection.forward

@@ -28,8 +28,9 @@ from harli_appliance.training.fairness import Order, RecentShares
 from harli_appliance.training.job_run import JobRun
 from harli_appliance.training.pace import Pace, Told
 from harli_appliance.training.residence import Residence, UnitLane
+from harli_appliance.training.spared import Spared
 from harli_appliance.training.swap import SwapPredictor
-from harli_appliance.training.units import WorkUnit
+from harli_appliance.training.units import MicroBatch, WorkUnit
 from harli_appliance.training.validation import Standing
 
 T = TypeVar("T")
@@ -124,6 +125,7 @@ class Trainer:
         self._units_left = 0
         self._fusible_tokens = 0
         self._window: int | None = None
+        self._spared = Spared()
         self._active: dict[str, ActiveJob] = {}
         self._current: ActiveJob | None = None
         self._turn_ms = 0.0
@@ -343,7 +345,11 @@ class Trainer:
         """One micro-batch to its end; False when there are no slots for it now, or serving took some back."""
         run, index = active.run, active.index
         begun = active.unfinished
-        lease = await self._lease(active, begun.batch.slots if begun else run.slots_of(index))
+        lease = await self._lease(
+            active,
+            begun.batch.slots if begun else run.slots_of(index),
+            0 if begun else run.spared_slots_of(index),
+        )
         if lease is None:
             return False
         held = lambda: active.residence.settled and not lease.revoked  # noqa: E731
@@ -352,6 +358,7 @@ class Trainer:
         try:
             if begun is None:
                 begun = Unfinished(await self._at_home(active, partial(run.begin, index, lease.indices)))
+                self._spared.lend(begun.batch)
             else:
                 await self._at_home(active, partial(begun.batch.swap_in, lease.indices))
             batch = begun.batch
@@ -361,8 +368,7 @@ class Trainer:
                 if not await self._permitted(active, held):
                     await self._swap_or_drop(active, begun)
                     return False
-                if self._window is not None and batch.fusible_tokens:  # not run yet: it may be cut anew
-                    unit = batch.next_unit(self._window, run.layers) or unit
+                unit = self._cut(run, batch) or unit
                 place, worked = self._place, batch.worked
                 trains = self._window is None and not run.evaluating
                 took_ms = await self._execute(active, unit)
@@ -376,10 +382,18 @@ class Trainer:
             done = True
         finally:
             await self._ran_on.drain()  # nothing may still write to rows that become another's
+            self._spared.end()
             lease.release()
             if begun is not None and not done and active.unfinished is None:
                 self._tokens -= begun.spent.credited
         return True
+
+    def _cut(self, run: JobRun, batch: MicroBatch) -> WorkUnit | None:
+        """The next unit as it is wanted now; while nothing was permitted, memory and the engine's wish may have
+        changed."""
+        if self._window is not None and batch.fusible_tokens:
+            return batch.next_unit(self._window, run.layers)
+        return batch.next_unit(run.window_tokens, layers=1)
 
     async def _swap_or_drop(self, active: ActiveJob, begun: Unfinished) -> None:
         """Copy a micro-batch away so that a later turn goes on with it, if that is predicted to cost less than
@@ -418,9 +432,21 @@ class Trainer:
                 return False
         return True
 
-    async def _lease(self, active: ActiveJob, slots: int) -> Lease | None:
-        """Slots for a micro-batch beside the adapter's state; when there are none, the job waits a moment."""
-        grant = partial(self._pool.grant, slots, self._changed.set, holder=active.job.id)
+    async def _lease(self, active: ActiveJob, slots: int, spared: int) -> Lease | None:
+        """Slots for a micro-batch beside the adapter's state; when there are none, the job waits a moment.
+
+        Args:
+            spared: slots that each layer could use besides, where nobody needs them.
+        """
+
+        def grant() -> Lease | None:
+            wanted, holder = self._changed.set, active.job.id
+            lease = self._pool.grant(slots, wanted, holder=holder)
+            if lease is not None and spared:
+                leases = self._pool.grant_spare(spared, active.run.layers, wanted, holder=holder)
+                self._spared = Spared(leases)
+            return lease
+
         while await self._settled(active):
             lease: Lease | None = await self._memory_lane.run(grant)
             if lease is not None:
@@ -447,6 +473,9 @@ class Trainer:
             await self._stop_asked_jobs()
             if self._queue.asked(active.job.id) is not None:
                 raise Stopped
+            if self._spared.wanted:
+                await self._ran_on.drain()
+                self._spared.give_back()
             if not held():
                 return False
             if self._allowance > 0:

@@ -31,11 +31,12 @@ from harli_appliance.training.activations import Activations, Buffers
 from harli_appliance.training.adapter import Adapter
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.cross_entropy import cross_entropy_
+from harli_appliance.training.kept_outputs import KeptOutputs
 from harli_appliance.training.layer_cache import KvComputed, KvOnly, LayerCache
 from harli_appliance.training.objectives import Objective
 from harli_appliance.training.pace import BACKWARD, FORWARD
 from harli_appliance.training.packing import PackedSequence
-from harli_appliance.training.recompute import left_out, projections, unneeded
+from harli_appliance.training.recompute import left_out, replaced
 
 UnitKind = Literal["forward", "loss", "backward", "step"]
 Gradients = Callable[[int], Sequence[Tensor]]
@@ -43,7 +44,8 @@ Gradients = Callable[[int], Sequence[Tensor]]
 
 
 RECALLED = 8
-"""Windows whose K and V are computed again in one piece. In SmolLM2-135M that is 6% of a forward pass."""
+"""Windows whose K and V are computed again in one piece, one after the other. In SmolLM2-135M that is 6% of a
+forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ class MicroBatch:
         self._dropout_key = dropout_key
         self._keeps_kv = keeps_kv
         self._rows = Activations(backbone, buffers, slots, len(sequence), keeps_kv=keeps_kv)
+        self._kept = KeptOutputs(backbone, adapter.projections, buffers, len(sequence))
         self.slots = len(slots)
         self.tokens = len(sequence)
         self.loss = 0.0
@@ -177,15 +180,15 @@ class MicroBatch:
         if kind == "loss":
             return max(1, -(-len(self._learned) // self._loss_tokens))
         if kind == "backward":  # the last layer's K and V are there still
-            return layers * windows + (layers - 1) * self._recalls(window, 0)
+            return layers * windows + self._all_recalls(window, layers - 1)
         return layers * windows
 
     def _units_of_current(self, window: int) -> int:
         kind, layers = self._stages[self._at].kind, len(self._backbone.layers)
         windows = -(-self.tokens // window)
         if kind == "backward":
-            others = self._layer * (windows + self._recalls(window, 0))
-            return others + self._recalls(window, self._recalled) + -(-self._to // window)
+            others = self._layer * windows + self._all_recalls(window, self._layer)
+            return others + self._recalls(self._layer, window, self._recalled) + -(-self._to // window)
         if kind == "loss":
             learned = len(self._learned) - bisect_left(self._learned, self._from)
             return max(1, -(-learned // self._loss_tokens))
@@ -194,9 +197,31 @@ class MicroBatch:
             return layers * begun - self._layer
         return (layers - self._layer - 1) * windows + begun
 
-    def _recalls(self, window: int, recalled: int) -> int:
+    def _recalls(self, layer: int, window: int, recalled: int) -> int:
         """Pieces in which a layer's K and V are computed again, from token `recalled` on."""
-        return 0 if self._keeps_kv else -(-(self.tokens - recalled) // (RECALLED * window))
+        if self._keeps_kv or layer in self._kept:
+            return 0
+        return -(-(self.tokens - recalled) // (RECALLED * window))
+
+    def _all_recalls(self, window: int, layers: int) -> int:
+        """Of the first `layers` layers."""
+        return sum(self._recalls(layer, window, 0) for layer in range(layers))
+
+    # -- memory that can be spared ---------------------------------------------------------------------
+
+    def keep_outputs(self, slots: Sequence[Tensor]) -> None:
+        """Keep what spares computing a layer again, of as many of the last layers as slots are given for.
+
+        Args:
+            slots: `kept_outputs.kept_slots` leased slot indices for each layer, the last layer's first. Call it
+                before the first unit.
+        """
+        for number, lent in enumerate(slots):
+            self._kept.lend(len(self._backbone.layers) - 1 - number, lent)
+
+    def drop_outputs(self, number: int) -> None:
+        """Do without those in `slots[number]` from the next unit on, which `next_unit` must be asked for again."""
+        self._kept.drop(len(self._backbone.layers) - 1 - number)
 
     # -- moving away and back --------------------------------------------------------------------------
 
@@ -207,6 +232,7 @@ class MicroBatch:
 
     def swap_out(self) -> None:
         """Copy what is still needed to host memory; the slots are free for others when this returns."""
+        self._kept.clear()
         self._swapped = self._rows.save(self._live_layers)
 
     def swap_in(self, slots: Tensor) -> None:
@@ -269,12 +295,16 @@ class MicroBatch:
             self._enter(self._at + 1)
 
     def _backward_piece(self, window: int) -> None:
+        if self._recalled < self.tokens and self._layer in self._kept:
+            self._rows.write_kv(self._layer, 0, *self._kept.kv(self._layer))
+            self._recalled = self.tokens
         if self._recalled < self.tokens:
             stop = min(self._recalled + RECALLED * window, self.tokens)
-            self._recall(self._layer, self._recalled, stop)
+            for start in range(self._recalled, stop, window):
+                self._recall(self._layer, start, min(start + window, stop))
             self._recalled = stop
             return
-        start = max(0, self._to - window)
+        start = _window_start(self._to, window)
         self._backward(self._layer, start, self._to)
         self.worked += BACKWARD * (self._to - start) / len(self._backbone.layers)
         self._to = start
@@ -286,17 +316,17 @@ class MicroBatch:
 
     def _backward_credit(self, window: int, pieces: int) -> float:
         tokens, layer, stop = 0, self._layer, self._to
-        recalls = self._recalls(window, self._recalled)
+        recalls = self._recalls(layer, window, self._recalled)
         for _ in range(pieces):
             if layer < 0:
                 break
             if recalls:
                 recalls -= 1
                 continue
-            start = max(0, stop - window)
+            start = _window_start(stop, window)
             tokens += stop - start
             if start == 0:
-                layer, stop, recalls = layer - 1, self.tokens, self._recalls(window, 0)
+                layer, stop, recalls = layer - 1, self.tokens, self._recalls(layer - 1, window, 0)
             else:
                 stop = start
         return tokens / len(self._backbone.layers)
@@ -309,9 +339,12 @@ class MicroBatch:
     # -- pieces ----------------------------------------------------------------------------------------
 
     def _forward(self, layer: int, a: int, b: int) -> None:
-        with torch.no_grad():
+        keeping = self._kept.keeping(layer, a) if self._stages[self._at].learns else {}
+        with torch.no_grad(), replaced(keeping):
             out, cache = self._run_layer(layer, self._layer_input(layer, a, b), self._past(layer, a), a, b)
             self._rows.write_kv(layer, a, cache.keys, cache.values)
+            if keeping and not self._keeps_kv:
+                self._kept.write_kv(layer, a, cache.keys, cache.values)
             self._rows.write_input(layer + 1, a, out)
 
     def _loss(self, a: int, b: int) -> None:
@@ -354,8 +387,8 @@ class MicroBatch:
     def _recall(self, layer: int, a: int, b: int) -> None:
         """Compute K and V of tokens [a, b) again, and nothing else of the layer."""
         cache = KvOnly()
-        queries = projections(self._backbone.layers[layer], "q_proj")
-        with torch.no_grad(), left_out(queries), contextlib.suppress(KvComputed):
+        queries = self._adapter.projections[layer].queries
+        with torch.no_grad(), replaced(left_out(queries)), contextlib.suppress(KvComputed):
             self._call_layer(layer, self._layer_input(layer, a, b), cache, None, a, b)
         self._rows.write_kv(layer, a, cache.keys, cache.values)
 
@@ -367,7 +400,8 @@ class MicroBatch:
         leaves = [hidden]
         if past is not None:
             leaves += [past[0].requires_grad_(), past[1].requires_grad_()]
-        with torch.enable_grad(), left_out(unneeded(self._backbone.layers[layer])):
+        spared = {**left_out(self._adapter.projections[layer].unneeded), **self._kept.known(layer, a, b)}
+        with torch.enable_grad(), replaced(spared):
             out, cache = self._run_layer(layer, hidden, past, a, b, self._rows.kv(layer, a, b))
         gradients = torch.autograd.grad(
             [out, cache.keys, cache.values],
@@ -450,6 +484,12 @@ def _stages(reference: bool, learns: bool) -> list[_Stage]:
     if reference:
         stages[:0] = [_Stage("forward", tuned=False, learns=False), _Stage("loss", tuned=False, learns=False)]
     return stages
+
+
+def _window_start(stop: int, window: int) -> int:
+    """Where the window that ends at `stop` begins: those of the backward pass are those of the forward pass, so
+    that what is computed again has the same values bit for bit."""
+    return (stop - 1) // window * window
 
 
 def _members(starts: Tensor) -> Tensor:

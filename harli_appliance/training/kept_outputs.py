@@ -1,0 +1,113 @@
+"""What a layer's frozen projections gave in its forward pass, kept for its backward pass in slots that are spared.
+
+Backward computes a layer's forward again, which is a quarter of all multiplications. With the projections' outputs,
+K and V at hand none of the frozen weights' are left to do. They take many slots (in SmolLM2-135M 12 a token for all
+layers, seven times the rest), so they are kept only where slots lie idle, layer by layer, and may be taken away
+between any two units: then the layer is computed again, to the same values bit for bit as long as the windows are
+the same. Knows projections and rows; does not know leases or the order of work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from harli_appliance.memory.rows import RowBlock, rows_of
+from harli_appliance.training.activations import Buffers, kv_from_rows, kv_to_rows
+from harli_appliance.training.backbone import Backbone
+from harli_appliance.training.recompute import Projections, with_value
+
+
+def kept_slots(backbone: Backbone, layers: Sequence[Projections], tokens: int) -> int:
+    """Slots that one layer's outputs, K and V take, with a row in each of all layers' buffers."""
+    rows = max(
+        sum(rows_of(projection.out_features, backbone.kv_width) for projection in layer.kept)
+        for layer in layers
+    )
+    return -(-tokens * (rows + 2) // (2 * len(backbone.layers)))
+
+
+class KeptOutputs:
+    """Those of one micro-batch.
+
+    Args:
+        layers: each layer's projections.
+        tokens: of the micro-batch.
+    """
+
+    def __init__(
+        self, backbone: Backbone, layers: Sequence[Projections], buffers: Buffers, tokens: int
+    ) -> None:
+        self._layers = layers
+        self._backbone = backbone
+        self._buffers = [*buffers[0], *buffers[1]]
+        self._tokens = tokens
+        self._blocks: dict[int, RowBlock] = {}
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self._blocks
+
+    def lend(self, layer: int, slots: Tensor) -> None:
+        """Keep a layer's from now on; its forward pass has not begun.
+
+        Args:
+            slots: `kept_slots(...)` of them.
+        """
+        self._blocks[layer] = RowBlock(self._buffers, slots)
+
+    def drop(self, layer: int) -> None:
+        """Forget a layer's, if they were kept."""
+        self._blocks.pop(layer, None)
+
+    def clear(self) -> None:
+        self._blocks.clear()
+
+    def keeping(self, layer: int, start: int) -> Mapping[nn.Linear, Callable[[Tensor], Tensor]]:
+        """For `recompute.replaced`, while tokens from `start` on go forward: what projections give is kept."""
+        if layer not in self._blocks:
+            return {}
+        return {
+            projection: partial(self._keep, layer, projection, row + start * rows)
+            for projection, row, rows in self._places(layer)
+        }
+
+    def known(self, layer: int, start: int, stop: int) -> Mapping[nn.Linear, Callable[[Tensor], Tensor]]:
+        """For `recompute.replaced`, while tokens [start, stop) go backward: projections that compute nothing."""
+        if layer not in self._blocks:
+            return {}
+        return {
+            projection: partial(self._known, layer, projection, row + start * rows)
+            for projection, row, rows in self._places(layer)
+        }
+
+    def write_kv(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Each of shape [1, kv heads, n, head size]; nothing happens where the layer is not kept."""
+        if layer in self._blocks:
+            self._blocks[layer].write(start, kv_to_rows(keys))
+            self._blocks[layer].write(self._tokens + start, kv_to_rows(values))
+
+    def kv(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of all tokens of a layer that is kept."""
+        block = self._blocks[layer]
+        keys, values = block.read(0, self._tokens), block.read(self._tokens, 2 * self._tokens)
+        return kv_from_rows(keys, self._backbone), kv_from_rows(values, self._backbone)
+
+    def _places(self, layer: int) -> list[tuple[nn.Linear, int, int]]:
+        """(projection, first row, rows a token): K, V, then one projection after the other."""
+        places, row = [], 2 * self._tokens
+        for projection in self._layers[layer].kept:
+            rows = rows_of(projection.out_features, self._backbone.kv_width)
+            places.append((projection, row, rows))
+            row += rows * self._tokens
+        return places
+
+    def _keep(self, layer: int, projection: nn.Linear, row: int, x: Tensor) -> Tensor:
+        out = nn.Linear.forward(projection, x)
+        self._blocks[layer].write_wide(row, out[0])
+        return out
+
+    def _known(self, layer: int, projection: nn.Linear, row: int, x: Tensor) -> Tensor:
+        value = self._blocks[layer].read_wide(row, x.shape[1], projection.out_features)
+        return with_value(projection, x, value[None])
