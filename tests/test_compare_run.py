@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from harli_appliance.bench.compare_report import print_summary, read_results, wr
 from harli_appliance.bench.compare_run import SLOWEST, CompareRun
 from harli_appliance.bench.compare_store import CompareStore
 from harli_appliance.bench.exact_prompts import Prompts
+from harli_appliance.bench.session import LIGHT_ANSWERS
 from harli_appliance.bench.training_load import EXAMPLES, write_lesson
 from harli_appliance.client import StreamedText, StreamEnd
 from harli_appliance.errors import ConfigError, JobFailed, UsageError
@@ -314,6 +316,19 @@ def test_the_clock_goes_with_the_machine(
     assert max(moment.at_s for moment in kept.moments) <= ONE_POLICY.length_s + ONE_POLICY.grace_s
     print_summary(report)
     assert "faster or slower" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+def test_a_promise_is_not_made_in_a_slow_minute(
+    tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, for_good: bool
+) -> None:
+    """The machine becomes slower when requests are served one by one, until that is over or for good."""
+    begins = 1 + LIGHT_ANSWERS
+    ends = math.inf if for_good else begins + ONE_POLICY.light_requests + LIGHT_ANSWERS
+    slower = lambda system: 1.5 if begins < len(system.prompts) <= ends else 1.0  # noqa: E731
+    report = compare(ONE_POLICY, tmp_path, prompts, monkeypatch, MadeUpSystem(slower=slower))
+    assert report["light_tpot_ms"] == pytest.approx(55.0, rel=0.01)
+    assert report["slo"]["tpot_ms"] == pytest.approx(2 * report["light_tpot_ms"])
 
 
 def test_a_machine_that_does_not_settle_is_reported(

@@ -80,7 +80,7 @@ def build_report(found: Mapping[str, Any], model: str, typed: str) -> dict[str, 
             "count": len(reclaims),
             "by_purpose": {
                 purpose: sum(reclaim["purpose"] == purpose for reclaim in reclaims)
-                for purpose in ("activations", "adapter")
+                for purpose in ("outputs", "activations", "adapter")
             },
             "ms_p50": float(np.percentile(waited, 50)),
             "ms_max": max(waited),
