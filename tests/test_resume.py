@@ -28,7 +28,7 @@ from harli_appliance.training.units import MicroBatch
 from tests.test_coserving import a_job, lesson  # noqa: F401  a fixture
 
 STEPS = 6
-SLOTS = 1200
+SLOTS = 1600
 
 
 class Bench:

@@ -18,6 +18,7 @@ from torch import Tensor
 from harli_appliance.training.activations import footprint
 from harli_appliance.training.adapter import Adapter
 from harli_appliance.training.backbone import Backbone
+from harli_appliance.training.layer_pieces import LayerPieces
 from harli_appliance.training.objectives import Likelihood
 from harli_appliance.training.packing import EncodedExample, pack
 from harli_appliance.training.units import MicroBatch
@@ -227,17 +228,17 @@ def test_the_comparison_sees_a_small_mistake(trained: tuple[Backbone, Adapter]) 
     """Leave the gradient through earlier windows' keys out: the error must be far above the tolerance."""
     data = examples(3, (120,))
     _, wanted = by_backpropagation(trained[1], data)
-    original = MicroBatch._past
+    original = LayerPieces._past
 
-    def without_gradient(self: MicroBatch, layer: int, a: int) -> tuple[Tensor, Tensor] | None:
+    def without_gradient(self: LayerPieces, layer: int, a: int) -> tuple[Tensor, Tensor] | None:
         past = original(self, layer, a)
         return None if past is None else (past[0] * 1.001, past[1])
 
-    MicroBatch._past = without_gradient  # type: ignore[method-assign]
+    LayerPieces._past = without_gradient  # type: ignore[method-assign]
     try:
         _, gradients = by_units(*trained, data, 512, lambda: (32, 1), 16)
     finally:
-        MicroBatch._past = original  # type: ignore[method-assign]
+        LayerPieces._past = original  # type: ignore[method-assign]
     assert worst_error(gradients, wanted) > 1e-4
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, cat
 
 Purpose = Literal["outputs", "activations", "adapter"]
 """What a lease is for, which is how dear it is to lose: without kept outputs work goes on more slowly, activations
@@ -249,8 +249,8 @@ class SlotPool:
             for lease in returned:
                 del self._held[lease]
             self._leased -= sum(map(len, returned))
-        for lease in returned:
-            self._source.give(lease.indices)
+        if returned:
+            self._source.give(cat([lease.indices for lease in returned]))
 
     def shortage(self) -> int:
         """Slots that serving may ask for and that only leases could supply; 0 when there is enough."""

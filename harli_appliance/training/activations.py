@@ -70,7 +70,7 @@ class Activations:
             raise ValueError(f"{tokens} tokens need {self._size.slots} slots, got {len(slots)}")
         self._backbone = backbone
         self._buffers = buffers
-        self._keeps_kv = keeps_kv
+        self.keeps_kv = keeps_kv
         self._per_hidden = rows_of(backbone.hidden_size, backbone.kv_width)
         begins = range(tokens * self._per_hidden, tokens * (self._per_hidden + 4), tokens)
         if keeps_kv:
@@ -85,7 +85,7 @@ class Activations:
         kv, hidden, scratch = torch.split(slots, [size.kv, size.hidden, size.scratch])
         k_buffers, v_buffers = self._buffers
         layers = range(len(self._backbone.layers))
-        kept = layers if self._keeps_kv else range(0)
+        kept = layers if self.keeps_kv else range(0)
         self._keys = [RowBlock([k_buffers[layer]], kv) for layer in kept]
         self._values = [RowBlock([v_buffers[layer]], kv) for layer in kept]
         self._inputs = [RowBlock([k_buffers[layer], v_buffers[layer]], hidden) for layer in layers]
@@ -114,7 +114,7 @@ class Activations:
     # K and V are [1, kv heads, n, head size], as attention has them; hidden states are [n, hidden].
 
     def write_kv(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
-        if self._keeps_kv:
+        if self.keeps_kv:
             self._keys[layer].write(start, kv_to_rows(keys))
             self._values[layer].write(start, kv_to_rows(values))
         else:
@@ -123,7 +123,7 @@ class Activations:
 
     def kv(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Of a layer that keeps them, or of the one that they were written of last."""
-        if self._keeps_kv:
+        if self.keeps_kv:
             keys, values = self._keys[layer].read(start, stop), self._values[layer].read(start, stop)
         else:
             keys = self._scratch.read(self._k + start, self._k + stop)

@@ -23,13 +23,11 @@ from torch import Tensor, nn
 from harli_appliance.schema import TARGET_MODULES, PeftMethod
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.dropout import DropoutStream, TokenDropout, token_keys
-from harli_appliance.training.recompute import projections
+from harli_appliance.training.projections import ONLY, projections
 
 TARGETS = TARGET_MODULES
 FEEDFORWARD = "down_proj"
 """IA3 scales this one's input, and the output of every other projection (Liu et al. 2022, arXiv 2205.05638)."""
-ONLY = "default"
-"""PEFT's own name for the only adapter of a model."""
 
 
 class Adapter:

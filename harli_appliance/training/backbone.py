@@ -26,6 +26,8 @@ class Backbone:
     Attributes:
         hidden_size: width of the residual stream.
         kv_width: kv_heads x head size, the width of one K or V row.
+        heads: of queries.
+        keeps_attention: whether layers take `kept_attention.Attended`.
         windows: for each layer, how many tokens a token attends to, itself included; None for all.
     """
 
@@ -34,6 +36,7 @@ class Backbone:
         self._decoder = model.model
         config = model.config
         self.hidden_size = int(config.hidden_size)
+        self.heads = int(config.num_attention_heads)
         self.kv_heads = int(config.num_key_value_heads)
         self.head_size = int(
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -45,6 +48,8 @@ class Backbone:
         self.windows = tuple(window if kind == SLIDING else None for kind in self._layer_types)
         self._rotary_by_type = not {FULL, SLIDING}.isdisjoint(config.rope_parameters or ())
         self._adds_mask = config._attn_implementation == "eager"
+        on_cpu = self.device.type == "cpu" and self._decoder.norm.weight.dtype == torch.float32
+        self.keeps_attention = on_cpu and config._attn_implementation == "sdpa"
         self._logit_cap = getattr(config, "final_logit_softcapping", None)
 
     def twin(self) -> Backbone:

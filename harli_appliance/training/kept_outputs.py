@@ -1,32 +1,41 @@
 """What a layer's frozen projections gave in its forward pass, kept for its backward pass in slots that are spared.
 
-Backward computes a layer's forward again, which is a quarter of all multiplications. With the projections' outputs,
-K and V at hand none of the frozen weights' are left to do. They take many slots (in SmolLM2-135M 12 a token for all
-layers, seven times the rest), so they are kept only where slots lie idle, layer by layer, and may be taken away
-between any two units: then the layer is computed again, to the same values bit for bit as long as the windows are
-the same. Knows projections and rows; does not know leases or the order of work.
+Backward computes a layer's forward again, which is a quarter of all multiplications. With the projections'
+outputs, K, V and (on a CPU) what attention gave at hand, next to none are left to do. They take many slots (in
+SmolLM2-135M 14 a token for all layers, nine times the rest), so they are kept only where slots lie idle, layer by
+layer, and may be taken away between any two units: then the layer is computed again, to the same values bit for
+bit as long as the windows are the same. Knows projections and rows; does not know leases or the order of work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from harli_appliance.memory.rows import RowBlock, rows_of
 from harli_appliance.training.activations import Buffers, kv_from_rows, kv_to_rows
 from harli_appliance.training.backbone import Backbone
-from harli_appliance.training.recompute import Projections, with_value
+from harli_appliance.training.kept_attention import Attended
+from harli_appliance.training.projections import Forwards, Projection, Projections
 
 
 def kept_slots(backbone: Backbone, layers: Sequence[Projections], tokens: int) -> int:
     """Slots that one layer's outputs, K and V take, with a row in each of all layers' buffers."""
     rows = max(
-        sum(rows_of(projection.out_features, backbone.kv_width) for projection in layer.kept)
+        sum(rows_of(projection.base.out_features, backbone.kv_width) for projection in layer.kept)
         for layer in layers
     )
-    return -(-tokens * (rows + 2) // (2 * len(backbone.layers)))
+    return -(-tokens * (rows + 2 + sum(_attention_rows(backbone))) // (2 * len(backbone.layers)))
+
+
+def _attention_rows(backbone: Backbone) -> tuple[int, int]:
+    """Rows a token of what attention gives, and of the logarithms of its sums."""
+    if not backbone.keeps_attention:
+        return 0, 0
+    width = backbone.kv_width
+    return rows_of(backbone.heads * backbone.head_size, width), rows_of(backbone.heads, width)
 
 
 class KeptOutputs:
@@ -64,21 +73,21 @@ class KeptOutputs:
     def clear(self) -> None:
         self._blocks.clear()
 
-    def keeping(self, layer: int, start: int) -> Mapping[nn.Linear, Callable[[Tensor], Tensor]]:
-        """For `recompute.replaced`, while tokens from `start` on go forward: what projections give is kept."""
+    def keeping(self, layer: int, start: int) -> Forwards:
+        """For `projections.replaced`, while tokens from `start` on go forward: what projections give is kept."""
         if layer not in self._blocks:
             return {}
         return {
-            projection: partial(self._keep, layer, projection, row + start * rows)
+            projection.module: partial(self._keep, layer, projection, row + start * rows)
             for projection, row, rows in self._places(layer)
         }
 
-    def known(self, layer: int, start: int, stop: int) -> Mapping[nn.Linear, Callable[[Tensor], Tensor]]:
-        """For `recompute.replaced`, while tokens [start, stop) go backward: projections that compute nothing."""
+    def known(self, layer: int, start: int) -> Forwards:
+        """For `projections.replaced`, while tokens from `start` on go backward: what was kept is not computed."""
         if layer not in self._blocks:
             return {}
         return {
-            projection: partial(self._known, layer, projection, row + start * rows)
+            projection.module: partial(self._known, layer, projection, row + start * rows)
             for projection, row, rows in self._places(layer)
         }
 
@@ -94,20 +103,39 @@ class KeptOutputs:
         keys, values = block.read(0, self._tokens), block.read(self._tokens, 2 * self._tokens)
         return kv_from_rows(keys, self._backbone), kv_from_rows(values, self._backbone)
 
-    def _places(self, layer: int) -> list[tuple[nn.Linear, int, int]]:
-        """(projection, first row, rows a token): K, V, then one projection after the other."""
-        places, row = [], 2 * self._tokens
+    def attended(self, layer: int, start: int, stop: int, *, known: bool) -> Attended | None:
+        """What attention gave or gives for tokens [start, stop); None where it is not kept."""
+        rows, sum_rows = _attention_rows(self._backbone)
+        if layer not in self._blocks or not rows:
+            return None
+        block, heads, count = self._blocks[layer], self._backbone.heads, stop - start
+        at = 2 * self._tokens + start * rows
+        sums_at = (2 + rows) * self._tokens + start * sum_rows
+        if known:
+            out = block.read_wide(at, count, heads * self._backbone.head_size).view(1, count, heads, -1)
+            sums = block.read_wide(sums_at, count, heads)
+            return Attended(known=(out.transpose(1, 2), sums.t()[None].contiguous()))
+
+        def keep(out: Tensor, sums: Tensor) -> None:
+            block.write_wide(at, out[0].transpose(0, 1).reshape(count, -1))
+            block.write_wide(sums_at, sums[0].t())
+
+        return Attended(keep=keep)
+
+    def _places(self, layer: int) -> list[tuple[Projection, int, int]]:
+        """(projection, first row, rows a token): K, V, attention, then one projection after the other."""
+        places, row = [], (2 + sum(_attention_rows(self._backbone))) * self._tokens
         for projection in self._layers[layer].kept:
-            rows = rows_of(projection.out_features, self._backbone.kv_width)
+            rows = rows_of(projection.base.out_features, self._backbone.kv_width)
             places.append((projection, row, rows))
             row += rows * self._tokens
         return places
 
-    def _keep(self, layer: int, projection: nn.Linear, row: int, x: Tensor) -> Tensor:
-        out = nn.Linear.forward(projection, x)
+    def _keep(self, layer: int, projection: Projection, row: int, x: Tensor) -> Tensor:
+        out = projection.value(x)
         self._blocks[layer].write_wide(row, out[0])
         return out
 
-    def _known(self, layer: int, projection: nn.Linear, row: int, x: Tensor) -> Tensor:
-        value = self._blocks[layer].read_wide(row, x.shape[1], projection.out_features)
-        return with_value(projection, x, value[None])
+    def _known(self, layer: int, projection: Projection, row: int, x: Tensor) -> Tensor:
+        value = self._blocks[layer].read_wide(row, x.shape[1], projection.base.out_features)
+        return projection.given(x, value[None])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, cat
 
-from harli_appliance.training.recompute import valued
+from harli_appliance.training.projections import valued
 
 
 class LayerCache:

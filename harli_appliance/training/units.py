@@ -1,47 +1,34 @@
 """Exact gradients in work units: forward or backward of some decoder layers over a window of tokens.
 
 Between units a micro-batch keeps, per token and layer, the layer's input, and of one layer at a time K and V, all
-in leased rows; inside a unit the layer runs in the transformers code, unmodified, with a cache object that hands
-it the keys and values of earlier windows. Forward finishes a layer before it begins the next; the backward pass of
-a layer first computes its K and V again. Where windows shall go through all layers, one after the other, K and V
-of all layers are kept. Backward recomputes a unit's forward with K and V as leaves, so that
-
-    dL/dK, dL/dV of a token are summed over every later window that attended to it,
-
-which makes the gradients those of ordinary backpropagation (chain rule; FlexLLM, arXiv 2402.18789, section 5,
-does this for whole sequences in the backward pass), however the windows are cut: every unit may have another size.
-Packed examples do not see each other.
+in leased rows. Forward finishes a layer before it begins the next; the backward pass of a layer first computes its
+K and V again. Where windows shall go through all layers, one after the other, K and V of all layers are kept.
+What a piece of work is, a layer over a window, is in `layer_pieces` and `loss_pieces`; here is which comes next,
+and every unit may have another size.
 
 Knows layers, windows and stages; does not know lanes, jobs or schedules.
 """
 
 from __future__ import annotations
 
-import contextlib
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from harli_appliance.training.activations import Activations, Buffers
 from harli_appliance.training.adapter import Adapter
 from harli_appliance.training.backbone import Backbone
-from harli_appliance.training.cross_entropy import cross_entropy_
 from harli_appliance.training.kept_outputs import KeptOutputs
-from harli_appliance.training.layer_cache import KvComputed, KvOnly, LayerCache
+from harli_appliance.training.layer_pieces import Gradients, LayerPieces
+from harli_appliance.training.loss_pieces import LossPieces
 from harli_appliance.training.objectives import Objective
 from harli_appliance.training.pace import BACKWARD, FORWARD
 from harli_appliance.training.packing import PackedSequence
-from harli_appliance.training.recompute import left_out, replaced
 
 UnitKind = Literal["forward", "loss", "backward", "step"]
-Gradients = Callable[[int], Sequence[Tensor]]
-"""A layer's gradients, one tensor for each of its trained parameters. They may lie elsewhere at the next unit."""
-
 
 RECALLED = 8
 """Windows whose K and V are computed again in one piece, one after the other. In SmolLM2-135M that is 6% of a
@@ -111,26 +98,23 @@ class MicroBatch:
         reference: Tensor | None = None,
         keeps_kv: bool = False,
     ) -> None:
-        self._backbone = backbone
-        self._adapter = adapter
-        self._sequence = sequence.to(backbone.device)
-        self._starts: list[int] = sequence.starts.tolist()
-        self._learned: list[int] = torch.nonzero(sequence.weights)[:, 0].tolist()
-        self._objective = objective
-        self._loss_tokens = loss_tokens
-        self._dropout_key = dropout_key
+        sequence = sequence.to(backbone.device)
+        self._layers = len(backbone.layers)
         self._keeps_kv = keeps_kv
         self._rows = Activations(backbone, buffers, slots, len(sequence), keeps_kv=keeps_kv)
         self._kept = KeptOutputs(backbone, adapter.projections, buffers, len(sequence))
+        self._pieces = LayerPieces(
+            backbone, adapter, sequence, self._rows, self._kept, dropout_key=dropout_key, gradients=gradients
+        )
+        self._losses = LossPieces(backbone, sequence, self._rows, objective, loss_tokens)
         self.slots = len(slots)
         self.tokens = len(sequence)
         self.loss = 0.0
         self.worked = 0.0
         self.reference = reference
-        self._gradients = gradients
+        self._learns = gradients is not None
         self._swapped: list[Tensor] = []
-        self._log_probabilities = torch.zeros(0)
-        self._stages = _stages(objective.needs_reference and reference is None, learns=gradients is not None)
+        self._stages = _stages(objective.needs_reference and reference is None, learns=self._learns)
         self._enter(0)
 
     # -- the order of work -----------------------------------------------------------------------------
@@ -161,11 +145,11 @@ class MicroBatch:
     @property
     def has_added(self) -> bool:
         """Whether gradients of it were added up already."""
-        if self._gradients is None:
+        if not self._learns:
             return False
         if self._at == len(self._stages):
             return True
-        begins = self._layer == len(self._backbone.layers) - 1 and self._to == self.tokens
+        begins = self._layer == self._layers - 1 and self._to == self.tokens
         return self._stages[self._at].kind == "backward" and not begins
 
     def units_left(self, window: int) -> int:
@@ -176,22 +160,21 @@ class MicroBatch:
         )
 
     def _units_of(self, kind: str, window: int) -> int:
-        layers, windows = len(self._backbone.layers), -(-self.tokens // window)
+        layers, windows = self._layers, -(-self.tokens // window)
         if kind == "loss":
-            return max(1, -(-len(self._learned) // self._loss_tokens))
+            return self._losses.left(0)
         if kind == "backward":  # the last layer's K and V are there still
             return layers * windows + self._all_recalls(window, layers - 1)
         return layers * windows
 
     def _units_of_current(self, window: int) -> int:
-        kind, layers = self._stages[self._at].kind, len(self._backbone.layers)
+        kind, layers = self._stages[self._at].kind, self._layers
         windows = -(-self.tokens // window)
         if kind == "backward":
             others = self._layer * windows + self._all_recalls(window, self._layer)
             return others + self._recalls(self._layer, window, self._recalled) + -(-self._to // window)
         if kind == "loss":
-            learned = len(self._learned) - bisect_left(self._learned, self._from)
-            return max(1, -(-learned // self._loss_tokens))
+            return self._losses.left(self._from)
         begun = -(-(self.tokens - self._from) // window)
         if self._keeps_kv:
             return layers * begun - self._layer
@@ -217,11 +200,11 @@ class MicroBatch:
                 before the first unit.
         """
         for number, lent in enumerate(slots):
-            self._kept.lend(len(self._backbone.layers) - 1 - number, lent)
+            self._kept.lend(self._layers - 1 - number, lent)
 
     def drop_outputs(self, number: int) -> None:
         """Do without those in `slots[number]` from the next unit on, which `next_unit` must be asked for again."""
-        self._kept.drop(len(self._backbone.layers) - 1 - number)
+        self._kept.drop(self._layers - 1 - number)
 
     # -- moving away and back --------------------------------------------------------------------------
 
@@ -244,17 +227,19 @@ class MicroBatch:
     def _live_layers(self) -> int:
         """The first so many layers are still to be read; the others have gone backward."""
         backward = self._at < len(self._stages) and self._stages[self._at].kind == "backward"
-        return self._layer + 1 if backward else len(self._backbone.layers)
+        return self._layer + 1 if backward else self._layers
 
     def _enter(self, stage: int) -> None:
         self._at = stage
         kind = self._stages[stage].kind if stage < len(self._stages) else None
-        self._layer = len(self._backbone.layers) - 1 if kind == "backward" else 0
+        self._layer = self._layers - 1 if kind == "backward" else 0
         self._from = 0
         self._to = self.tokens if kind == "backward" else 0
         self._recalled = self.tokens  # the forward pass ended with the layer that goes backward first
         if kind == "loss":
-            self._log_probabilities = torch.zeros(len(set(self._starts)), dtype=torch.float64)
+            self._losses.begin()
+        elif kind is not None:
+            self._pieces.tuned = self._stages[stage].tuned
 
     def _run(self, stage: int, window: int, pieces: int) -> None:
         run: dict[str, Callable[[], None]] = {
@@ -267,11 +252,12 @@ class MicroBatch:
                 run[self._stages[stage].kind]()
 
     def _forward_piece(self, window: int) -> None:
-        layers = len(self._backbone.layers)
+        layers = self._layers
         if self._layer == 0 or not self._keeps_kv:
             self._to = min(self._from + window, self.tokens)
-        self._forward(self._layer, self._from, self._to)
-        if self._stages[self._at].tuned:
+        stage = self._stages[self._at]
+        self._pieces.forward(self._layer, self._from, self._to, keep=stage.learns)
+        if stage.tuned:
             self.worked += FORWARD * (self._to - self._from) / layers
         if self._keeps_kv:  # the window's next layer, or the next window
             self._layer += 1
@@ -287,12 +273,16 @@ class MicroBatch:
             self._enter(self._at + 1)
 
     def _loss_piece(self) -> None:
-        stop = self._loss_end(self._from)
-        self._loss(self._from, stop)
+        stage, stop = self._stages[self._at], self._losses.end(self._from)
+        self._losses.run(self._from, stop, learns=stage.learns)
         self._from = stop
-        if stop == self.tokens:
-            self._settle()
-            self._enter(self._at + 1)
+        if stop < self.tokens:
+            return
+        if stage.tuned:
+            self.loss = self._losses.settle(self.reference, learns=stage.learns)
+        else:
+            self.reference = self._losses.log_probabilities
+        self._enter(self._at + 1)
 
     def _backward_piece(self, window: int) -> None:
         if self._recalled < self.tokens and self._layer in self._kept:
@@ -301,12 +291,12 @@ class MicroBatch:
         if self._recalled < self.tokens:
             stop = min(self._recalled + RECALLED * window, self.tokens)
             for start in range(self._recalled, stop, window):
-                self._recall(self._layer, start, min(start + window, stop))
+                self._pieces.recall(self._layer, start, min(start + window, stop))
             self._recalled = stop
             return
         start = _window_start(self._to, window)
-        self._backward(self._layer, start, self._to)
-        self.worked += BACKWARD * (self._to - start) / len(self._backbone.layers)
+        self._pieces.backward(self._layer, start, self._to)
+        self.worked += BACKWARD * (self._to - start) / self._layers
         self._to = start
         if start == 0:
             self._layer, self._to = self._layer - 1, self.tokens
@@ -329,151 +319,7 @@ class MicroBatch:
                 layer, stop, recalls = layer - 1, self.tokens, self._recalls(layer - 1, window, 0)
             else:
                 stop = start
-        return tokens / len(self._backbone.layers)
-
-    def _loss_end(self, start: int) -> int:
-        """Where a range ends that begins at `start` and holds at most `loss_tokens` learned tokens."""
-        following = bisect_left(self._learned, start) + self._loss_tokens
-        return self._learned[following] if following < len(self._learned) else self.tokens
-
-    # -- pieces ----------------------------------------------------------------------------------------
-
-    def _forward(self, layer: int, a: int, b: int) -> None:
-        keeping = self._kept.keeping(layer, a) if self._stages[self._at].learns else {}
-        with torch.no_grad(), replaced(keeping):
-            out, cache = self._run_layer(layer, self._layer_input(layer, a, b), self._past(layer, a), a, b)
-            self._rows.write_kv(layer, a, cache.keys, cache.values)
-            if keeping and not self._keeps_kv:
-                self._kept.write_kv(layer, a, cache.keys, cache.values)
-            self._rows.write_input(layer + 1, a, out)
-
-    def _loss(self, a: int, b: int) -> None:
-        """Log-probabilities of tokens [a, b). Where the stage learns, their final hidden states are replaced by
-        the gradient of the weighted sum of -log p, times the objective's scale of tokens."""
-        final = self._rows.output_gradient(a, b)
-        weights = self._sequence.weights[a:b]
-        learned = weights != 0
-        learns = self._stages[self._at].learns
-        gradient = torch.zeros_like(final) if learns else None
-        if learned.any():
-            hidden, weights = final[learned].requires_grad_(learns), weights[learned]
-            with torch.set_grad_enabled(learns):
-                logits = self._backbone.logits(hidden)
-            by_logits = logits.detach().float()
-            scale = weights * self._objective.token_scale if learns else None
-            losses = weights * cross_entropy_(by_logits, self._sequence.targets[a:b][learned], scale)
-            if gradient is not None:
-                (gradient[learned],) = torch.autograd.grad(logits, hidden, by_logits.to(logits.dtype))
-            members = _members(self._sequence.starts)[a:b][learned].cpu()
-            self._log_probabilities.index_add_(0, members, -losses.double().cpu())
-        if gradient is not None:
-            self._rows.write_output_gradient(a, gradient)
-
-    def _settle(self) -> None:
-        """All log-probabilities are known: they are the reference, or give the loss and each example's factor."""
-        stage = self._stages[self._at]
-        if not stage.tuned:
-            self.reference = self._log_probabilities
-            return
-        verdict = self._objective.judge(self._log_probabilities, self.reference)
-        self.loss = verdict.loss
-        if verdict.factors is None or not stage.learns:
-            return
-        factors = verdict.factors.to(self._sequence.weights)[_members(self._sequence.starts)]
-        for a in range(0, self.tokens, self._loss_tokens):
-            b = min(a + self._loss_tokens, self.tokens)
-            self._rows.write_output_gradient(a, self._rows.output_gradient(a, b) * factors[a:b, None])
-
-    def _recall(self, layer: int, a: int, b: int) -> None:
-        """Compute K and V of tokens [a, b) again, and nothing else of the layer."""
-        cache = KvOnly()
-        queries = self._adapter.projections[layer].queries
-        with torch.no_grad(), replaced(left_out(queries)), contextlib.suppress(KvComputed):
-            self._call_layer(layer, self._layer_input(layer, a, b), cache, None, a, b)
-        self._rows.write_kv(layer, a, cache.keys, cache.values)
-
-    def _backward(self, layer: int, a: int, b: int) -> None:
-        if b == self.tokens:  # first piece of this layer: nothing has attended to its keys and values yet
-            self._rows.clear_kv_gradients()
-        hidden = self._layer_input(layer, a, b).requires_grad_()
-        past = self._past(layer, a)
-        leaves = [hidden]
-        if past is not None:
-            leaves += [past[0].requires_grad_(), past[1].requires_grad_()]
-        spared = {**left_out(self._adapter.projections[layer].unneeded), **self._kept.known(layer, a, b)}
-        with torch.enable_grad(), replaced(spared):
-            out, cache = self._run_layer(layer, hidden, past, a, b, self._rows.kv(layer, a, b))
-        gradients = torch.autograd.grad(
-            [out, cache.keys, cache.values],
-            [*leaves, *self._adapter.parameters(layer)],
-            [self._rows.output_gradient(a, b), *self._rows.kv_gradients(a, b)],
-        )
-        if layer > 0:
-            self._rows.write_output_gradient(a, gradients[0])
-        if past is not None:
-            self._rows.add_kv_gradients(self._first(layer, a), gradients[1], gradients[2])
-        self._accumulate(layer, gradients[len(leaves) :])
-
-    def _accumulate(self, layer: int, gradients: Sequence[Tensor]) -> None:
-        assert self._gradients is not None  # noqa: S101 - or there is no backward stage
-        for total, gradient in zip(self._gradients(layer), gradients, strict=True):
-            total.add_(gradient)
-
-    # -- parts of pieces -------------------------------------------------------------------------------
-
-    def _run_layer(
-        self,
-        layer: int,
-        hidden: Tensor,
-        past: tuple[Tensor, Tensor] | None,
-        a: int,
-        b: int,
-        known: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, LayerCache]:
-        cache = LayerCache(past, known)
-        out = self._call_layer(layer, hidden, cache, self._mask(layer, a, b), a, b)
-        return (out[0] if isinstance(out, tuple) else out)[0], cache
-
-    def _call_layer(
-        self, layer: int, hidden: Tensor, cache: LayerCache | KvOnly, mask: Tensor | None, a: int, b: int
-    ) -> Any:
-        # Drawn up again in every unit: kept, it would be memory outside the pool for every token.
-        cos, sin = self._backbone.rotary(self._sequence.positions[a:b])[layer]
-        with self._adapter.applied(layer, self._stages[self._at].tuned, self._dropout_key, a, b):
-            return self._backbone.layers[layer](
-                hidden[None],
-                attention_mask=mask,
-                position_ids=self._sequence.positions[None, a:b],
-                past_key_values=cache,
-                use_cache=True,
-                position_embeddings=(cos, sin),
-            )
-
-    def _first(self, layer: int, a: int) -> int:
-        """The first token that window [a, ...) attends to: where token a's example or attention window begins."""
-        window = self._backbone.windows[layer]
-        return self._starts[a] if window is None else max(self._starts[a], a - window + 1)
-
-    def _mask(self, layer: int, a: int, b: int) -> Tensor:
-        """Of shape [1, 1, b - a, b - first]: a token sees itself and earlier tokens of its own example, as far
-        back as the layer's attention window reaches."""
-        device = self._sequence.starts.device
-        keys = torch.arange(self._first(layer, a), b, device=device)[None]
-        queries = torch.arange(a, b, device=device)[:, None]
-        seen = (keys <= queries) & (keys >= self._sequence.starts[a:b, None])
-        window = self._backbone.windows[layer]
-        if window is not None:
-            seen &= keys > queries - window
-        return self._backbone.attention_mask(seen)
-
-    def _past(self, layer: int, a: int) -> tuple[Tensor, Tensor] | None:
-        first = self._first(layer, a)
-        return None if first == a else self._rows.kv(layer, first, a)
-
-    def _layer_input(self, layer: int, a: int, b: int) -> Tensor:
-        if layer == 0:  # an embedding is cheaper to look up again than to keep
-            return self._backbone.embed(self._sequence.tokens[a:b]).detach()
-        return self._rows.input(layer, a, b)
+        return tokens / self._layers
 
 
 def _stages(reference: bool, learns: bool) -> list[_Stage]:
@@ -490,9 +336,3 @@ def _window_start(stop: int, window: int) -> int:
     """Where the window that ends at `stop` begins: those of the backward pass are those of the forward pass, so
     that what is computed again has the same values bit for bit."""
     return (stop - 1) // window * window
-
-
-def _members(starts: Tensor) -> Tensor:
-    """For each token the number of its example in the sequence; int64 of shape [tokens]."""
-    begins = (starts[1:] != starts[:-1]).long()
-    return torch.nn.functional.pad(begins.cumsum(0), (1, 0))
