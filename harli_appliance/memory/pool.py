@@ -205,8 +205,7 @@ class SlotPool:
         """Up to `most` leases of any `count` slots each for kept outputs, of slots that nobody needs: `keep_free`
         and the prefix cache are left alone."""
         self.settle()
-        counts = self._source.counts()
-        spare = min(counts.free, counts.free + counts.cached - self._source.demand())
+        spare = self._spare(self._source.counts(), evictable=0)
         number = max(0, min(most, (spare - max(self._reserve, self._keep_free)) // max(count, 1)))
         indices = self._source.take(number * count, evict=0) if number else None
         if indices is None:
@@ -225,14 +224,17 @@ class SlotPool:
         self.settle()
         counts = self._source.counts()
         evictable = max(0, counts.cached - self._keep_cached)
-        # Serving may take every cached slot, so its demand is held against those before free ones.
-        spare = min(counts.free + evictable, counts.free + counts.cached - self._source.demand())
-        if spare - self._reserve < count:
+        if self._spare(counts, evictable) - self._reserve < count:
             return None
         indices = take(count, evict=evictable)
         if indices is None:
             return None
         return self._lease(indices, holder, purpose, on_revoke)
+
+    def _spare(self, counts: SlotCounts, evictable: int) -> int:
+        """Slots that serving cannot ask for. It may take every cached one, so its demand is held against those
+        before free ones."""
+        return min(counts.free + evictable, counts.free + counts.cached - self._source.demand())
 
     def _lease(self, indices: Tensor, holder: str, purpose: Purpose, on_revoke: Callable[[], None]) -> Lease:
         lease = Lease(indices, holder, purpose, on_revoke, self._take_back)

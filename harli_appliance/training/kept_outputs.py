@@ -9,10 +9,10 @@ bit as long as the windows are the same. Knows projections and rows; does not kn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from harli_appliance.memory.rows import RowBlock, rows_of
 from harli_appliance.training.activations import Buffers, kv_from_rows, kv_to_rows
@@ -75,21 +75,11 @@ class KeptOutputs:
 
     def keeping(self, layer: int, start: int) -> Forwards:
         """For `projections.replaced`, while tokens from `start` on go forward: what projections give is kept."""
-        if layer not in self._blocks:
-            return {}
-        return {
-            projection.module: partial(self._keep, layer, projection, row + start * rows)
-            for projection, row, rows in self._places(layer)
-        }
+        return self._forwards(layer, start, self._keep)
 
     def known(self, layer: int, start: int) -> Forwards:
         """For `projections.replaced`, while tokens from `start` on go backward: what was kept is not computed."""
-        if layer not in self._blocks:
-            return {}
-        return {
-            projection.module: partial(self._known, layer, projection, row + start * rows)
-            for projection, row, rows in self._places(layer)
-        }
+        return self._forwards(layer, start, self._known)
 
     def write_kv(self, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Each of shape [1, kv heads, n, head size]; nothing happens where the layer is not kept."""
@@ -122,20 +112,26 @@ class KeptOutputs:
 
         return Attended(keep=keep)
 
-    def _places(self, layer: int) -> list[tuple[Projection, int, int]]:
-        """(projection, first row, rows a token): K, V, attention, then one projection after the other."""
-        places, row = [], (2 + sum(_attention_rows(self._backbone))) * self._tokens
+    def _forwards(self, layer: int, start: int, forward: Callable[..., Tensor]) -> Forwards:
+        """`forward` of each projection, with the row of token `start`: rows hold K, V, attention, then one
+        projection after the other. Nothing where the layer is not kept."""
+        made: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+        if layer not in self._blocks:
+            return made
+        block, row = self._blocks[layer], (2 + sum(_attention_rows(self._backbone))) * self._tokens
         for projection in self._layers[layer].kept:
             rows = rows_of(projection.base.out_features, self._backbone.kv_width)
-            places.append((projection, row, rows))
+            made[projection.module] = partial(forward, block, projection, row + start * rows)
             row += rows * self._tokens
-        return places
+        return made
 
-    def _keep(self, layer: int, projection: Projection, row: int, x: Tensor) -> Tensor:
+    @staticmethod
+    def _keep(block: RowBlock, projection: Projection, row: int, x: Tensor) -> Tensor:
         out = projection.value(x)
-        self._blocks[layer].write_wide(row, out[0])
+        block.write_wide(row, out[0])
         return out
 
-    def _known(self, layer: int, projection: Projection, row: int, x: Tensor) -> Tensor:
-        value = self._blocks[layer].read_wide(row, x.shape[1], projection.base.out_features)
+    @staticmethod
+    def _known(block: RowBlock, projection: Projection, row: int, x: Tensor) -> Tensor:
+        value = block.read_wide(row, x.shape[1], projection.base.out_features)
         return projection.given(x, value[None])
