@@ -37,6 +37,9 @@ CONTENDERS = {
     "checkpointing": "PEFT, checkpointed layers",
     "plain": "PEFT, plain",
 }
+WINDOWS = {"ours": 256, SPARED: 512}
+"""Tokens of a forward or backward unit; where memory is idle, wider ones, which compute faster and work in more of
+it. All larger than beside serving (`training.window_tokens`): here nobody waits for a unit to end."""
 SPEED = "speed"
 SHORT, LONG = 1024, 4096
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -149,6 +152,7 @@ def build_report(
                 "peak_ratio_plain": short[SPARED]["peak_mib"] / short["plain"]["peak_mib"],
                 "peak_ratio_checkpointing": short[SPARED]["peak_mib"] / short["checkpointing"]["peak_mib"],
             },
+            "window_tokens": WINDOWS,
             "tokens_per_s": {name: SHORT / statistics.median(taken) for name, taken in seconds.items()},
             "step_s": {name: [round(took, 2) for took in taken] for name, taken in seconds.items()},
             **_by_contender(short),

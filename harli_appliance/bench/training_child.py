@@ -14,7 +14,7 @@ from pathlib import Path
 from harli_appliance.runtime import cpu_stand_ins
 
 SPEED = "speed"
-ROUNDS = 5
+ROUNDS = 7
 
 
 def measure(part: str, folder: Path, tokens: int) -> Mapping[str, float | list[float]]:

@@ -19,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from harli_appliance.bench.training import SPARED, WINDOWS
 from harli_appliance.errors import HarliError
 from harli_appliance.training.activations import footprint
 from harli_appliance.training.adapter import TARGETS, Adapter
@@ -32,9 +33,6 @@ from harli_appliance.training.units import MicroBatch
 RANK = 16
 ALPHA = 32
 RATE = 1e-4
-WINDOW = 256
-"""Tokens of a forward or backward unit. Larger than beside serving (`training.window_tokens`): here nobody waits
-for a unit to end."""
 WARM_TOKENS = 16
 """A step on so few tokens loads what torch loads when first used, before memory is measured."""
 
@@ -49,13 +47,13 @@ class Units:
     """Work units, with what they keep in rows of KV buffers that hold nothing else.
 
     Args:
-        spared: whether slots lie idle in which all layers' outputs can be kept.
+        spared: whether slots lie idle, in which all layers' outputs can be kept, and windows are wide.
     """
 
-    def __init__(self, model: Any, tokens: Tensor, window: int = WINDOW, *, spared: bool = False) -> None:
+    def __init__(self, model: Any, tokens: Tensor, *, spared: bool = False) -> None:
         self._backbone = Backbone(model)
         self._adapter = Adapter(self._backbone, rank=RANK, alpha=ALPHA, seed=0)
-        self._window = window
+        self._window = WINDOWS[SPARED if spared else "ours"]
         count = len(tokens)
         (self._sequence,) = pack([EncodedExample(tuple(tokens.tolist()), (True,) * count)], count)
         slots = footprint(self._backbone, count).slots
@@ -122,7 +120,7 @@ class Peft:
 CONTENDERS: dict[str, Callable[[Any, Tensor], Contender]] = {
     "plain": lambda model, tokens: Peft(model, tokens, checkpointing=False),
     "ours": Units,
-    "spared": lambda model, tokens: Units(model, tokens, spared=True),
+    SPARED: lambda model, tokens: Units(model, tokens, spared=True),
     "checkpointing": lambda model, tokens: Peft(model, tokens, checkpointing=True),
 }
 

@@ -1,9 +1,10 @@
 """Attention whose output outlives its forward pass: transformers' own "sdpa", with one argument more.
 
 What attention gives and the logarithms of its softmax's sums are all that its backward pass needs besides its
-inputs (FlashAttention, arXiv 2205.14135, section 3.1), so where both were kept it is not computed again. On a CPU
-only, with the kernel that torch takes there; elsewhere units compute it again. Knows transformers and torch, not
-units.
+inputs (FlashAttention, arXiv 2205.14135, section 3.1), so where both were kept it is not computed again. The
+kernel shares a K/V head among its group of query heads, where transformers would copy it for each as soon as there
+is a mask. On a CPU only, with the kernel that torch takes there; elsewhere units compute it again. Knows
+transformers and torch, not units.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 _cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -23,7 +24,8 @@ _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backw
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """What attention gives for one window; given as `attended` to a decoder layer, which hands it on.
+    """What becomes of attention's output for one window; given as `attended` to a decoder layer, which passes it
+    to attention.
 
     Attributes:
         keep: gets the output [1, heads, n, head size] and the logarithms of the softmax's sums [1, heads, n].
@@ -75,8 +77,6 @@ def _attend(
             module, query, key, value, attention_mask, **others
         )
         return usual
-    groups = module.num_key_value_groups
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     mask = torch.zeros(attention_mask.shape, dtype=query.dtype).masked_fill_(~attention_mask, -torch.inf)
     if attended.known is not None:
         out: Tensor = _Known.apply(query, key, value, mask, others["scaling"], *attended.known)  # type: ignore[no-untyped-call]

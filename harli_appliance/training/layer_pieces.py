@@ -147,7 +147,7 @@ class LayerPieces:
         b: int,
         attended: Attended | None = None,
     ) -> Any:
-        more = {} if attended is None else {"attended": attended}
+        more = {"attended": attended or Attended()} if self._backbone.keeps_attention else {}
         # Drawn up again in every unit: kept, it would be memory outside the pool for every token.
         cos, sin = self._backbone.rotary(self._sequence.positions[a:b])[layer]
         with self._adapter.applied(layer, self.tuned, self._dropout_key, a, b):

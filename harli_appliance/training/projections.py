@@ -46,39 +46,60 @@ class _Linear(torch.autograd.Function):
 
 
 class _Lora(torch.autograd.Function):
-    """W x + b + s B a with a = A x [..., rank] (LoRA, arXiv 2106.09685), or its gradient with a value that is
-    given. One pass over the output, where a sum of two projections takes three, and as many backward."""
+    """W x + b + s B a with a = A x' [..., rank] (LoRA, arXiv 2106.09685), or its gradient with a value that is
+    given; x' is what dropout makes of x, None where it makes nothing. One pass over the output, where a sum of two
+    projections takes three, and as many backward."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        a: Tensor,
+        dropped: Tensor | None,
+        down: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        b: Tensor,
+        up: Tensor,
         scale: float,
         value: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(a, weight, b)
-        ctx.scale = scale
+        given = _rows(x if dropped is None else dropped).to(down.dtype)
+        low = nn.functional.linear(given, down)
+        ctx.save_for_backward(given, low, down, weight, up)
+        ctx.scale, ctx.drops = scale, dropped is not None
         if value is not None:
             return value.view_as(value)
         out = nn.functional.linear(x, weight, bias)
-        rows, low = out.view(-1, out.shape[-1]), a.reshape(-1, a.shape[-1])
-        if a.dtype == out.dtype:
-            rows.addmm_(low, b.t(), alpha=scale)
-        else:  # PEFT keeps adapters in float32 on weights of 16 bits
-            rows.add_(low @ b.t(), alpha=scale)
+        _add(_rows(out), low, up.t(), scale)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor, None, None]:
-        a, weight, b = ctx.saved_tensors
-        rows = gradients[0].reshape(-1, gradients[0].shape[-1]).to(b.dtype)
-        by_a = (rows @ b).mul_(ctx.scale).view_as(a)
-        by_b = (rows.t() @ a.reshape(-1, a.shape[-1])).mul_(ctx.scale)
-        return gradients[0] @ weight, by_a, None, None, by_b, None, None
+    def backward(
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, None, None, Tensor, None, None]:
+        given, low, down, weight, up = ctx.saved_tensors
+        rows = _rows(gradients[0]).to(up.dtype)
+        by_low = (rows @ up).mul_(ctx.scale)
+        by_up = (rows.t() @ low).mul_(ctx.scale)
+        by_x, by_dropped = gradients[0] @ weight, None
+        if ctx.drops:
+            by_dropped = (by_low @ down).view_as(by_x)
+        else:
+            _add(_rows(by_x), by_low, down)
+        return by_x, by_dropped, by_low.t() @ given, None, None, by_up, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., width] to [n, width]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _add(out: Tensor, low: Tensor, up: Tensor, scale: float = 1.0) -> None:
+    """Add scale x low @ up to `out`, which PEFT lets have another type: it keeps adapters in float32 on weights of
+    16 bits."""
+    if low.dtype == out.dtype:
+        out.addmm_(low, up, alpha=scale)
+    else:
+        out.add_(low @ up, alpha=scale)
 
 
 class _Valued(torch.autograd.Function):
@@ -131,10 +152,18 @@ class Projection:
         return self.given(x, x.new_zeros(1).expand(*x.shape[:-1], self.base.out_features))
 
     def _with_lora(self, x: Tensor, value: Tensor | None) -> Tensor:
-        down, up = self.lora.lora_A[ONLY], self.lora.lora_B[ONLY]
-        low = down(self.lora.lora_dropout[ONLY](x.to(down.weight.dtype)))
-        base, scale = self.base, self.lora.scaling[ONLY]
-        out: Tensor = _Lora.apply(x, low, base.weight, base.bias, up.weight, scale, value)  # type: ignore[no-untyped-call]
+        down, up, base = self.lora.lora_A[ONLY].weight, self.lora.lora_B[ONLY].weight, self.base
+        dropped = self.lora.lora_dropout[ONLY](x.to(down.dtype))
+        out: Tensor = _Lora.apply(  # type: ignore[no-untyped-call]
+            x,
+            None if dropped is x else dropped,
+            down,
+            base.weight,
+            base.bias,
+            up,
+            self.lora.scaling[ONLY],
+            value,
+        )
         return out
 
 
