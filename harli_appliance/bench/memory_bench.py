@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harli_appliance import __version__
-from harli_appliance.bench.compare_plan import ComparePlan
+from harli_appliance.bench.compare_plan import ComparePlan, without_folders
 from harli_appliance.bench.engine_bench import measure_in_engine
 from harli_appliance.bench.machine import describe_machine
 from harli_appliance.config import Settings
@@ -71,7 +71,7 @@ def build_report(found: Mapping[str, Any], model: str, typed: str) -> dict[str, 
     return {
         "harli_version": __version__,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": typed,
+        "command": without_folders(typed),
         "model": model,
         "slots": found["slots"],
         **{key: value for key, (_, value, _) in goals.items()},

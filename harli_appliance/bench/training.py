@@ -136,6 +136,7 @@ def build_report(
     ours = short["ours"]["peak_mib"]
     report: dict[str, Any] = {
         "harli_version": __version__,
+        "command": "harli bench training",
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "duration_s": duration_s,
         "seq_1024": {
