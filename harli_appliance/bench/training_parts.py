@@ -33,6 +33,8 @@ from harli_appliance.training.units import MicroBatch
 RANK = 16
 ALPHA = 32
 RATE = 1e-4
+LOSS_TOKENS = 128
+"""Tokens whose logits exist at a time."""
 WARM_TOKENS = 16
 """A step on so few tokens loads what torch loads when first used, before memory is measured."""
 
@@ -77,7 +79,7 @@ class Units:
             buffers=self._buffers,
             slots=self._slots,
             objective=Likelihood(float(self._sequence.weights.sum())),
-            loss_tokens=self._window // 2,
+            loss_tokens=LOSS_TOKENS,
             dropout_key=0,
             gradients=self._state.gradients,
         )

@@ -9,7 +9,7 @@ transformers and torch, not units.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+BLOCK = 256
+"""Half as many would make the kernel's own blocks smaller, and it slower."""
 
 _cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -36,8 +39,9 @@ class Attended:
     known: tuple[Tensor, Tensor] | None = None
 
 
-class _Known(torch.autograd.Function):
-    """Attention's gradient, with its output given."""
+class _Attention(torch.autograd.Function):
+    """Attention's output and the logarithms of its sums, or its gradient with both given. Computed `BLOCK` queries
+    at a time, each with the keys up to its own last one: what comes later the mask hides from all of them."""
 
     @staticmethod
     def forward(
@@ -47,20 +51,65 @@ class _Known(torch.autograd.Function):
         value: Tensor,
         mask: Tensor,
         scale: float,
-        out: Tensor,
-        sums: Tensor,
-    ) -> Tensor:
+        known: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        if known is None:
+            blocks = [
+                _cpu(
+                    query[:, :, a:b],
+                    key[:, :, :to],
+                    value[:, :, :to],
+                    attn_mask=mask[:, :, a:b, :to],
+                    scale=scale,
+                )
+                for a, b, to in _blocks(query, key)
+            ]
+            outs, all_sums = zip(*blocks, strict=True)
+            out, sums = _joined(outs), torch.cat(all_sums, 2)
+        else:
+            out, sums = known[0].view_as(known[0]), known[1].view_as(known[1])
         ctx.save_for_backward(query, key, value, mask, out, sums)
         ctx.scale = scale
-        return out.view_as(out)
+        ctx.mark_non_differentiable(sums)
+        return out, sums
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask, out, sums = ctx.saved_tensors
-        by_inputs = _cpu_backward(
-            gradients[0], query, key, value, out, sums, 0.0, False, attn_mask=mask, scale=ctx.scale
-        )
-        return *by_inputs, None, None, None, None
+        by_query: list[Tensor] = []
+        by_key = by_value = None
+        for a, b, to in reversed(_blocks(query, key)):  # the last one has all keys
+            found = _cpu_backward(
+                gradients[0][:, :, a:b],
+                query[:, :, a:b],
+                key[:, :, :to],
+                value[:, :, :to],
+                out[:, :, a:b],
+                sums[:, :, a:b],
+                0.0,
+                False,
+                attn_mask=mask[:, :, a:b, :to],
+                scale=ctx.scale,
+            )
+            by_query.insert(0, found[0])
+            if by_key is None or by_value is None:
+                by_key, by_value = found[1:]
+            else:
+                by_key[:, :, :to] += found[1]
+                by_value[:, :, :to] += found[2]
+        return _joined(by_query), by_key, by_value, None, None, None
+
+
+def _blocks(query: Tensor, key: Tensor) -> list[tuple[int, int, int]]:
+    """(first query, end of the queries, end of the keys that these can see); the queries are the last tokens."""
+    count, earlier = query.shape[2], key.shape[2] - query.shape[2]
+    ends = [(a, min(a + BLOCK, count)) for a in range(0, count, BLOCK)]
+    return [(a, b, earlier + b) for a, b in ends]
+
+
+def _joined(blocks: Sequence[Tensor]) -> Tensor:
+    """Blocks of queries, each [1, heads, n, head size] and laid out as [1, n, heads, head size], as one such."""
+    return torch.cat([block.transpose(1, 2) for block in blocks], 1).transpose(1, 2)
 
 
 def _attend(
@@ -78,12 +127,9 @@ def _attend(
         )
         return usual
     mask = torch.zeros(attention_mask.shape, dtype=query.dtype).masked_fill_(~attention_mask, -torch.inf)
-    if attended.known is not None:
-        out: Tensor = _Known.apply(query, key, value, mask, others["scaling"], *attended.known)  # type: ignore[no-untyped-call]
-    else:
-        out, sums = _cpu(query, key, value, attn_mask=mask, scale=others["scaling"])
-        if attended.keep is not None:
-            attended.keep(out, sums)
+    out, sums = _Attention.apply(query, key, value, mask, others["scaling"], attended.known)  # type: ignore[no-untyped-call]
+    if attended.keep is not None:
+        attended.keep(out, sums)
     return out.transpose(1, 2).contiguous(), None
 
 
