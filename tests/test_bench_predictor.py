@@ -11,7 +11,7 @@ from rich.console import Console
 from harli_appliance.bench import adapt, predictor_bench
 from harli_appliance.bench.adapt_run import Slowdown
 from harli_appliance.bench.compare_plan import ComparePlan, parse_slos
-from harli_appliance.bench.predictor_errors import Observed, Recorder, errors
+from harli_appliance.bench.predictor_errors import Observed, Recorder, errors, repeats
 from harli_appliance.runtime.protocol import StepOutcome, StepPlan
 from harli_appliance.scheduling.types import Split, Step
 
@@ -55,6 +55,21 @@ def test_only_the_online_predictor_follows_a_device_that_changed() -> None:
 def test_what_was_never_learned_is_counted_but_not_judged() -> None:
     every = errors(steps(100), steps(5, corun=True), 0.99)["frozen"]["all"]
     assert (every["steps"], every["predicted"], every["median_error"]) == (5, 0, None)
+
+
+def test_only_steps_that_the_predictor_cannot_tell_apart_are_repeats() -> None:
+    step, other = Step("decode", 2, 100), Step("decode", 3, 100)
+    took = [
+        (step, 100.0, False),
+        (step, 110.0, False),
+        (step, 99.0, True),
+        (step, 66.0, True),
+        (other, 5.0, True),
+    ]
+    found = repeats([Observed(step, ms, corun, None, 0) for step, ms, corun in took])
+    assert found == {"steps": 2, "median_change": round((10 / 110 + 0.5) / 2, 5)}
+    prefill = Observed(Step("prefill", 1, 10, 10), 5.0, False, None, 0)
+    assert repeats([prefill, prefill]) == {"steps": 0, "median_change": None}
 
 
 def test_a_recorder_learns_and_keeps() -> None:

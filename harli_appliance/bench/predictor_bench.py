@@ -19,7 +19,7 @@ from harli_appliance import __version__
 from harli_appliance.bench.compare_plan import ComparePlan, without_folders
 from harli_appliance.bench.engine_bench import measure_in_engine
 from harli_appliance.bench.machine import describe_machine
-from harli_appliance.bench.predictor_errors import PARTS, STEPS, Observed, errors
+from harli_appliance.bench.predictor_errors import PARTS, STEPS, Observed, errors, repeats
 from harli_appliance.config import Settings
 
 QUANTILE: Final = 0.99
@@ -62,6 +62,7 @@ def build_report(
         "learned_steps": len(learned),
         "held_out_steps": len(held_out),
         **found,
+        "repeats": repeats(held_out),
         "goals": {
             "median_error": {
                 "title": "median relative error",
@@ -100,6 +101,12 @@ def print_table(report: Mapping[str, Any], console: Console) -> None:
             ]
             table.add_row(name, f"{found['predicted']} of {found['steps']}", way, *cells)
     console.print(table)
+    again = report["repeats"]
+    console.print(
+        f"two like decode steps in a row differ by {_percent(again['median_change'])} "
+        f"(median of {again['steps']})",
+        highlight=False,
+    )
     for goal in report["goals"].values():
         verdict = "met" if goal["met"] else "missed"
         line = f"{goal['title']}: {_percent(goal['value'])}, wanted {goal['wanted']}: {verdict}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -115,6 +116,26 @@ def errors(learned: Iterable[Observed], held_out: Sequence[Observed], quantile: 
             },
         }
     return found
+
+
+def repeats(held_out: Sequence[Observed]) -> dict[str, Any]:
+    """How far two steps differ that the predictor cannot tell apart: decode steps straight after one another, of
+    as many requests and both alone or both beside training. What follows the machine's newest pace is about as
+    wrong as that; what is much better knows more than the predictor is told.
+
+    Returns:
+        ``steps`` that came after such a step, and the median of |before - measured| / measured; None without any.
+    """
+    changes = [
+        abs(before.measured_ms - observed.measured_ms) / observed.measured_ms
+        for before, observed in pairwise(held_out)
+        if observed.step.kind == before.step.kind == "decode"
+        and (observed.regime, observed.step.batch) == (before.regime, before.step.batch)
+    ]
+    return {
+        "steps": len(changes),
+        "median_change": round(float(np.median(changes)), 5) if changes else None,
+    }
 
 
 def _errors_of(judged: Sequence[tuple[Observed, Bound | None]]) -> dict[str, Any]:
