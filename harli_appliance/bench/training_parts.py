@@ -121,8 +121,8 @@ class Peft:
 
 CONTENDERS: dict[str, Callable[[Any, Tensor], Contender]] = {
     "plain": lambda model, tokens: Peft(model, tokens, checkpointing=False),
-    "ours": Units,
     SPARED: lambda model, tokens: Units(model, tokens, spared=True),
+    "ours": Units,
     "checkpointing": lambda model, tokens: Peft(model, tokens, checkpointing=True),
 }
 
@@ -143,8 +143,8 @@ def memory(folder: Path, name: str, tokens: int) -> dict[str, float]:
 
 
 def speed(folder: Path, tokens: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of whole optimizer steps of each contender; they take turns in one process, ours between the others.
-    A first round, in which each loads what it needs, is not told."""
+    """Seconds of whole optimizer steps of each contender; they take turns in one process. A first round, in which
+    each loads what it needs, is not told."""
     made = {}
     for name, build in CONTENDERS.items():
         model = _load(folder)
