@@ -62,7 +62,7 @@ class _Lora(torch.autograd.Function):
         scale: float,
         value: Tensor | None,
     ) -> Tensor:
-        given = _rows(x if dropped is None else dropped).to(down.dtype)
+        given = _rows(x if dropped is None else dropped)
         low = nn.functional.linear(given, down)
         ctx.save_for_backward(given, low, down, weight, up)
         ctx.scale, ctx.drops = scale, dropped is not None
