@@ -35,9 +35,9 @@ from harli_appliance.engine.calibration import Calibration, rounds
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.lanes import Lane
 from harli_appliance.errors import (
-    ApplianceUnavailable,
     ConfigError,
     HarliError,
+    NotReady,
     UsageError,
 )
 from harli_appliance.memory.pool import SlotPool
@@ -469,7 +469,7 @@ class Appliance:
         """Begin an answer; see `Completions.begin`.
 
         Raises:
-            ApplianceUnavailable: not ready.
+            NotReady: it is starting or stopping.
         """
         self._require_ready()
         return await self._completions.begin(call, self._require_ready)
@@ -479,7 +479,7 @@ class Appliance:
             doing = (
                 "" if self._calibrated is None else f" (measuring the device, {self._calibrated:.0%} done)"
             )
-            raise ApplianceUnavailable(f"the appliance is {self._state}{doing}; try again in a moment")
+            raise NotReady(f"the appliance is {self._state}{doing}; try again in a moment")
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Serve an adapter from a folder under `name`, in the place of one that had it.

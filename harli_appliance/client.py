@@ -41,6 +41,7 @@ from harli_appliance.errors import (
     EngineFault,
     HarliError,
     NotFound,
+    NotReady,
     Overloaded,
     UnsupportedParameter,
     UsageError,
@@ -351,6 +352,8 @@ def _error(status: int, body: object, retry_after: str | None = None) -> HarliEr
     if not isinstance(detail, dict):
         return ApplianceUnavailable(f"whatever answers there is no appliance (HTTP {status}); check --url")
     message, code, param = str(detail.get("message")), detail.get("code"), detail.get("param")
+    if code == NotReady.default_code:
+        return NotReady(message)
     if status == 429:
         return Overloaded(message, retry_after_s=float(retry_after or 1))
     if code == DatasetError.default_code:

@@ -9,7 +9,8 @@
     +-- NotFound                 404  exit 1
     +-- Conflict                 409  exit 1   the state of the thing forbids it; retrying will not help
     +-- Overloaded               429  exit 1   the queue is full; retry after a while
-    +-- ApplianceUnavailable     503  exit 3   not started, starting, stopping or unreachable
+    +-- ApplianceUnavailable     503  exit 3   not started or unreachable
+    |   +-- NotReady             503  exit 3   it answers, but does not serve: starting or stopping
     +-- JobFailed                500  exit 4   a finetuning job ended without an adapter
     +-- EngineFault              500  exit 1   the runtime failed while serving a request
     +-- PartitionsUnavailable    500  exit 1   the GPU cannot be split between the lanes; they take turns instead
@@ -107,6 +108,10 @@ class ApplianceUnavailable(HarliError):
     type = "server_error"
     default_code = "unavailable"
     exit_code = 3
+
+
+class NotReady(ApplianceUnavailable):
+    default_code = "not_ready"
 
 
 class JobFailed(HarliError):

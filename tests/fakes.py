@@ -13,7 +13,7 @@ from harli_appliance.api.app import create_app
 from harli_appliance.api.ports import ChatCall, Job, JobEvent, JobSpec, StoredFile, TextDelta
 from harli_appliance.api.server import Listener, serve
 from harli_appliance.config import Settings
-from harli_appliance.errors import Conflict, DatasetError, NotFound
+from harli_appliance.errors import Conflict, DatasetError, NotFound, NotReady
 from harli_appliance.schema import (
     ENDED,
     TARGET_MODULES,
@@ -355,6 +355,8 @@ class FakeAppliance:
         return self.is_ready
 
     async def status(self) -> Status:
+        if not self.is_ready:
+            raise NotReady("the appliance is starting")
         return self.status_now
 
     def timeline(self, since: int) -> Timeline:

@@ -126,6 +126,21 @@ async def test_without_an_appliance_it_waits_and_then_connects(port: FakeApplian
         assert "31/100" in shown(app), "the last numbers stay"
 
 
+async def test_an_appliance_that_starts_is_waited_for(
+    port: FakeAppliance, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port.is_ready = False
+    async with listening(port) as listener, opened(listener.url) as (app, pilot):
+        await until(pilot, lambda: "not ready" in shown(app))
+        assert "the appliance is starting" in shown(app)
+        assert "no connection" not in shown(app)
+        port.is_ready = True
+        await until(pilot, lambda: "core 0" in shown(app))
+    assert "request failed" not in "".join(capsys.readouterr()), (
+        "its log is not filled with what waits for it"
+    )
+
+
 async def test_a_wrong_key_is_said(port: FakeAppliance) -> None:
     async with listening(port, api_key="k") as listener, opened(listener.url) as (app, pilot):
         await until(pilot, lambda: "Authorization: Bearer" in shown(app))

@@ -36,7 +36,7 @@ from harli_appliance.api.wire import (
     TopLogprob,
     Usage,
 )
-from harli_appliance.errors import ApplianceUnavailable, EngineFault, HarliError, NotFound
+from harli_appliance.errors import EngineFault, HarliError, NotFound, NotReady
 from harli_appliance.schema import ModelView
 
 log = structlog.get_logger(__name__)
@@ -80,7 +80,7 @@ class ChatRoutes:
     async def chat(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, ChatRequest)
         if not self._port.ready():
-            raise ApplianceUnavailable("the appliance does not serve yet; GET /ready says when")
+            raise NotReady("the appliance does not serve yet; GET /ready says when")
         call = body.call(request.get(CLASS_OF_KEY, "standard"))
         generation = await self._port.chat(call)
         try:

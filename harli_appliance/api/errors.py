@@ -21,6 +21,7 @@ from harli_appliance.errors import (
     Conflict,
     DatasetError,
     HarliError,
+    NotReady,
     Overloaded,
 )
 
@@ -39,7 +40,7 @@ async def errors_middleware(request: web.Request, handler: Handler) -> web.Strea
     try:
         return await handler(request)
     except HarliError as error:
-        if error.status >= 500 and error.code != "not_ready":  # which whoever waits asks every second
+        if error.status >= 500 and not isinstance(error, NotReady):  # whoever waits asks every second
             log.warning("request failed", request_id=request_id(request), path=request.path, error=str(error))
         return error_response(error)
     except web.HTTPException as refusal:

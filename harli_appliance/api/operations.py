@@ -14,7 +14,7 @@ from pydantic import Field
 from harli_appliance.api.bodies import Body, Query, read_body, read_query
 from harli_appliance.api.metrics import exposition
 from harli_appliance.api.ports import Operations
-from harli_appliance.errors import ApplianceUnavailable
+from harli_appliance.errors import NotReady
 from harli_appliance.schema import PolicyChange, PolicyName
 
 
@@ -47,7 +47,7 @@ class OperationsRoutes:
 
     async def ready(self, request: web.Request) -> web.Response:
         if not self._port.ready():
-            raise ApplianceUnavailable("the appliance does not serve yet; ask again", code="not_ready")
+            raise NotReady("the appliance does not serve yet; ask again")
         return web.json_response({"status": "ready"})
 
     async def metrics(self, request: web.Request) -> web.Response:

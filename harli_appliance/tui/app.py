@@ -127,7 +127,8 @@ class HarliTop(App[None]):
         main.set_class(reading.status is None, "stale")
         main.set_class(not self._seen and reading.status is None, "never")
         if reading.status is None:
-            self.query_one("#nothing", Static).update(f"{reading.trouble}\n\nTrying again until it answers.")
+            until = "serves" if reading.answers else "answers"
+            self.query_one("#nothing", Static).update(f"{reading.trouble}\n\nTrying again until it {until}.")
         else:
             self._seen = True
             self._show_status(reading, reading.status)

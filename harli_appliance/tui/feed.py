@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from harli_appliance.client import HarliClient
-from harli_appliance.errors import HarliError
+from harli_appliance.errors import HarliError, NotReady
 from harli_appliance.schema import Sample, Status
 
 WINDOW_S = 120.0
@@ -100,10 +100,15 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One look at the appliance: its status, or why there is none."""
+    """One look at the appliance: its status, or why there is none.
+
+    Attributes:
+        answers: whether something answered; it is starting or stopping when there is no status.
+    """
 
     status: Status | None
     trouble: str | None
+    answers: bool
     history: History
     now: float
 
@@ -126,7 +131,7 @@ class Feed:
             timeline = await self.client.timeline(self._next)
         except HarliError as error:
             self.history.forget(time.time())
-            return Reading(None, error.message, self.history, time.time())
+            return Reading(None, error.message, isinstance(error, NotReady), self.history, time.time())
         self._next = timeline.next
         self.history.add(timeline.samples, time.time())
-        return Reading(status, None, self.history, time.time())
+        return Reading(status, None, True, self.history, time.time())

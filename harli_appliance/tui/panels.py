@@ -30,13 +30,16 @@ def lane_colours(app: App[None]) -> dict[str, str]:
 
 
 class Headline(Static):
-    """State, uptime, policy, model and device in one line; or that there is no connection, and why."""
+    """State, uptime, policy, model and device in one line; or why there is nothing to show."""
 
     def show(self, reading: Reading) -> None:
         status = reading.status
         variables = self.app.theme_variables
         if status is None:
-            text = Text(" ● no connection, trying again", style=f"bold {variables['error']}", no_wrap=True)
+            state, colour = (
+                ("not ready", "warning") if reading.answers else ("no connection, trying again", "error")
+            )
+            text = Text(f" ● {state}", style=f"bold {variables[colour]}", no_wrap=True)
             self.update(text.append(f"  {reading.trouble}", style=f"not bold {variables['foreground']}"))
             return
         colour = variables["success" if status.state == "ready" else "warning"]
