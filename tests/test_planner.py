@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from harli_appliance.planner.calibrated import Calibrated, TrainingRates, learn
 from harli_appliance.planner.device import StepWork, decode_work
 from harli_appliance.planner.fleet import replay
 from harli_appliance.planner.gpus import GPUS, find_gpu
-from harli_appliance.planner.limit import physical_limit
+from harli_appliance.planner.limit import Window, fewest_steps, physical_limit
 from harli_appliance.planner.measured import Measured
 from harli_appliance.planner.plan import Question, simulate
 from harli_appliance.planner.requests import Limits, SimulatedRequests
@@ -250,6 +251,30 @@ def test_a_run_is_the_same_every_time_and_within_the_limit(policy: str) -> None:
         limit = physical_limit(H100, TRACE, 9.0)
         assert 0 < limit.share < 1
         assert found.finetune_tokens_per_s < limit.tokens_per_s
+
+
+def test_the_fewest_steps_that_every_request_has_enough_of() -> None:
+    assert fewest_steps([], 1.0) == 0
+    assert fewest_steps([Window(0.5, 9.5, 4)], 1.0) == 4
+    apart = [Window(0.0, 3.9, 3), Window(6.0, 9.9, 3)]
+    overlapping = [Window(0.0, 5.9, 3), Window(4.0, 9.9, 3)]
+    assert (fewest_steps(apart, 1.0), fewest_steps(overlapping, 1.0)) == (6, 4)
+    rng = random.Random(1)
+    for _ in range(60):
+        windows = []
+        for _ in range(rng.randint(1, 4)):
+            start, end = sorted((rng.randrange(8), rng.randrange(8)))
+            windows.append(Window(start + 0.5, end + 0.5, rng.randint(0, end - start + 1)))
+        enough = (
+            chosen.bit_count()
+            for chosen in range(1 << 8)
+            if all(_steps_in(chosen, window) >= window.steps for window in windows)
+        )
+        assert fewest_steps(windows, 1.0) == min(enough), windows
+
+
+def _steps_in(chosen: int, window: Window) -> int:
+    return sum(chosen >> cell & 1 for cell in range(int(window.start), int(window.end) + 1))
 
 
 def test_a_looser_promise_never_gives_less_finetuning() -> None:

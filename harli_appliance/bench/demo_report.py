@@ -33,6 +33,7 @@ def build_report(
     report: dict[str, Any] = {
         "harli_version": __version__,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "harli demo",
         "duration_s": round(duration_s, 1),
         "model": seen.model,
         "slo": {"tpot_ms": seen.slo.tpot_ms, "ttft_ms": seen.slo.ttft_ms},

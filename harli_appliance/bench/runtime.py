@@ -96,6 +96,7 @@ def build_report(
     report: dict[str, Any] = {
         "harli_version": __version__,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "harli bench runtime",
         "duration_s": round(duration_s, 1),
         "overhead_ms_p50": overhead["overhead_ms"],
         "overhead": {"tick_ms_p50": overhead["tick_ms"], "sglang_step_ms_p50": overhead["step_ms"]},
