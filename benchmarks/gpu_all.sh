@@ -28,7 +28,7 @@ slos=${SLOS:-40ms,1.25x,1.5x,2x,4x}
 loads=${LOADS:-0.6}
 repetitions=${REPETITIONS:-1}
 seconds=${RUN_SECONDS:-20}
-prompt=${PROMPT_TOKENS:-4096} answer=${ANSWER_TOKENS:-512} sequence=${SEQUENCE_TOKENS:-1024}
+prompt=${PROMPT_TOKENS:-4096} answer=${ANSWER_TOKENS:-512} sequence=${SEQUENCE_TOKENS:-2048}
 mkdir -p "$out"
 export HARLI_HOME="${HARLI_HOME:-/tmp/harli-home}"
 export PYTHONPATH="$site:$PWD" SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1

@@ -126,6 +126,7 @@ class Appliance:
         )
         self._gpu = gpu
         self._cuda = cuda_lanes(gpu) if gpu is not None else None
+        self._sizes = settings.training.sizes(gpu=gpu is not None)
         policy = settings.scheduling.policy
         if self._cuda is not None:
             self._inference = Lane("inference", around=self._cuda.inference.around)
@@ -276,8 +277,8 @@ class Appliance:
 
     async def _rehearse(self, cuda: CudaLanes) -> None:
         """Have memory set aside for units on every stream that they may run on."""
-        training, before = self._settings.training, torch.cuda.memory_reserved()
-        slots = rehearsal_slots(self._backbone, training.sequence_tokens)
+        sizes, before = self._sizes, torch.cuda.memory_reserved()
+        slots = rehearsal_slots(self._backbone, sizes.sequence_tokens)
         lease = await self._inference.run(self._pool.grant, slots, lambda: None)
         if lease is None:  # jobs will be refused for the same reason, naming the setting
             log.warning("no memory is set aside for training", why="the pool is too small for a micro-batch")
@@ -287,9 +288,9 @@ class Appliance:
             self._backbone,
             (self._slots.k_buffers, self._slots.v_buffers),
             lease.indices,
-            rank=training.max_lora_rank,
-            sequence_tokens=training.sequence_tokens,
-            window_tokens=training.window_tokens,
+            rank=self._settings.training.max_lora_rank,
+            sequence_tokens=sizes.sequence_tokens,
+            window_tokens=sizes.window_tokens,
         )
         for _ in cuda.training_places():
             await self._training.run(work)
@@ -330,7 +331,7 @@ class Appliance:
 
         note(0.0)
         settings = self._settings
-        exercise = Exercise(self._backbone, settings.training.window_tokens) if self._finetunes else None
+        exercise = Exercise(self._backbone, self._sizes.window_tokens) if self._finetunes else None
         calibration = Calibration(
             self._runtime,
             self._scheduler.predictor,
@@ -425,8 +426,8 @@ class Appliance:
             self._codec,
             (self._slots.k_buffers, self._slots.v_buffers),
             RunOptions(
-                window_tokens=training.window_tokens,
-                sequence_tokens=training.sequence_tokens,
+                window_tokens=self._sizes.window_tokens,
+                sequence_tokens=self._sizes.sequence_tokens,
                 checkpoint_every_steps=training.checkpoint_every_steps,
                 keep_checkpoints=training.keep_checkpoints,
                 checkpoints=self._settings.checkpoints,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,6 +126,19 @@ class MemorySettings(Section):
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Tokens of a work unit, and of a micro-batch."""
+
+    window_tokens: int
+    sequence_tokens: int
+
+
+CPU_SIZES = Sizes(128, 512)
+GPU_SIZES = Sizes(1024, 2048)
+"""A unit reads its layer's weights whatever its tokens; with 128 a GPU would do little else."""
+
+
 class TrainingSettings(Section):
     enabled: bool = Field(True, description="Whether jobs are run at all.")
     order: JobOrder = Field(
@@ -137,16 +151,27 @@ class TrainingSettings(Section):
     )
     max_lora_rank: int = Field(16, ge=1, le=256, description="Largest LoRA rank that can be served.")
     max_adapters: int = Field(4, ge=1, le=64, description="Adapters that one batch can mix.")
-    window_tokens: int = Field(
-        128, ge=8, description="Tokens of one work unit: smaller yields sooner, larger is faster."
+    window_tokens: int | None = Field(
+        None,
+        ge=8,
+        description="Tokens of one work unit: smaller yields sooner, larger is faster. "
+        f"{CPU_SIZES.window_tokens} on a CPU and {GPU_SIZES.window_tokens} on a GPU when not set.",
     )
-    sequence_tokens: int = Field(
-        512, ge=16, description="Tokens of one micro-batch; short examples are packed up to this."
+    sequence_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="Tokens of one micro-batch; short examples are packed up to this. "
+        f"{CPU_SIZES.sequence_tokens} on a CPU and {GPU_SIZES.sequence_tokens} on a GPU when not set.",
     )
     checkpoint_every_steps: int = Field(
         10, ge=1, description="Optimizer steps between two checkpoints of a running job."
     )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept for a job.")
+
+    def sizes(self, *, gpu: bool) -> Sizes:
+        """What is set, and for the rest what suits the device."""
+        usual = GPU_SIZES if gpu else CPU_SIZES
+        return Sizes(self.window_tokens or usual.window_tokens, self.sequence_tokens or usual.sequence_tokens)
 
 
 class DeviceSettings(Section):

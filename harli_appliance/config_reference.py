@@ -135,6 +135,8 @@ _EXAMPLES = {
     "inference_cores": "[0, 1]",
     "training_cores": "[2, 3]",
     "attention": '"triton"',
+    "window_tokens": "256",
+    "sequence_tokens": "1024",
 }
 """What a setting may look like whose default is none, or depends on the machine."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harli_appliance.config import Settings, load_settings, setting_names
+from harli_appliance.config import Settings, Sizes, TrainingSettings, load_settings, setting_names
 from harli_appliance.config_reference import markdown_text, settings_reference, toml_text
 from harli_appliance.errors import ConfigError
 
@@ -84,6 +84,12 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path, monke
         "::2",
         5,
     )
+
+
+def test_units_are_larger_on_a_gpu_unless_they_are_set():
+    assert TrainingSettings().sizes(gpu=False) == Sizes(128, 512)
+    assert TrainingSettings().sizes(gpu=True) == Sizes(1024, 2048)
+    assert TrainingSettings(window_tokens=64).sizes(gpu=True) == Sizes(64, 2048)
 
 
 def test_home_comes_from_the_environment_or_the_users_data_folder(tmp_path: Path, monkeypatch):

@@ -135,6 +135,14 @@ def test_costs_follow_the_roofline() -> None:
 # -- the simulated appliance -------------------------------------------------------------------------------
 
 
+def test_units_are_as_small_as_the_bandwidth_allows() -> None:
+    windows = {gpu: Roofline(find_gpu(gpu), LLAMA).window_tokens for gpu in GPUS}
+    assert windows == {"h100": 1024, "h200": 1024, "a100-80": 512, "l40s": 2048}
+    for gpu in GPUS:
+        device = Roofline(find_gpu(gpu), LLAMA)
+        assert device.bytes_per_training_token * device.training_rate() <= 0.25 * device.bandwidth
+
+
 def test_every_token_is_accounted_for() -> None:
     requests = SimulatedRequests(100_000, Limits(chunk_tokens=512, running=8))
     wanted = {str(i): r for i, r in enumerate(TRACE.requests)}

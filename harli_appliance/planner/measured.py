@@ -67,7 +67,7 @@ class Measured:
             predictor=learn(_steps(steps)),
             rates=TrainingRates(self.basis.train_alone_tokens_per_s, self._beside()),
             slots=memory.pool_slots,
-            window_tokens=training.window_tokens,
+            window_tokens=training.sizes(gpu=False).window_tokens,
         )
         limits = Limits(model.chunked_prefill_tokens, model.max_running_requests)
         return Fleet(device, limits=limits, micro_batch_tokens=self.plan.sequence_tokens)

@@ -32,8 +32,12 @@ from harli_appliance.scheduling.types import Split
 
 LAUNCH_MS = 0.5
 """Of a step: planning, sampling and a graph's launch, with the processor's part not hidden. An assumption."""
-WINDOW_TOKENS = 1024
-"""Of a work unit: one layer of Llama-3-8B over it takes under 1 ms forward and 2 ms backward on an H100."""
+WINDOWS = (256, 512, 1024, 2048)
+"""Tokens of a work unit that are considered; one layer of Llama-3-8B over 1,024 takes under 1 ms forward and 2 ms
+backward on an H100."""
+TRAFFIC = 0.25
+"""Share of the bandwidth that training may take: the fewer tokens a unit has, the sooner it ends, and the more often
+weights are read. The smallest window that stays below it is used, or the largest there is."""
 ACTIVATION_BYTES = 100.0
 """Moved per training token and layer, in hidden sizes: the 34 hidden sizes of bytes that a layer keeps
 (Korthikanti et al. 2022, arXiv 2205.05198), written forward, and written and read again backward."""
@@ -54,8 +58,14 @@ class Roofline:
     model: ModelShape
     saturation: float = SATURATION
     sequence_tokens: int = 2048
+    _window: int = field(default=0, init=False, compare=False, repr=False)
     _rates: dict[str, float] = field(default_factory=dict, init=False, compare=False, repr=False)
     """Training rates that were computed already; a step asks for one each time."""
+
+    def __post_init__(self) -> None:
+        rate = self.flops / self.flops_per_training_token
+        calm = (size for size in WINDOWS if rate * self._bytes_per_token(size) <= TRAFFIC * self.bandwidth)
+        object.__setattr__(self, "_window", next(calm, WINDOWS[-1]))
 
     @property
     def flops(self) -> float:
@@ -75,7 +85,7 @@ class Roofline:
 
     @property
     def window_tokens(self) -> int:
-        return WINDOW_TOKENS
+        return self._window
 
     @property
     def fuses(self) -> bool:
@@ -102,6 +112,7 @@ class Roofline:
                 "interference": INTERFERENCE,
                 "launch_ms": LAUNCH_MS,
             },
+            "window_tokens": self.window_tokens,
             "splits": [split.name for split in self.splits],
             "slots": self.slots,
             "training_alone_tokens_per_s": round(self.training_rate(), 1),
@@ -146,9 +157,12 @@ class Roofline:
 
     @property
     def bytes_per_training_token(self) -> float:
+        return self._bytes_per_token(self._window)
+
+    def _bytes_per_token(self, window_tokens: int) -> float:
         """Weights are read three times for each window: forward, again, and for the gradient."""
         activations = ACTIVATION_BYTES * self.model.hidden * self.model.layers
-        return 3.0 * self.model.weight_bytes / WINDOW_TOKENS + activations
+        return 3.0 * self.model.weight_bytes / window_tokens + activations
 
     def training_rate(self, split: Split | None = None) -> float:
         name = split.name if split else ""

@@ -20,6 +20,8 @@ def print_plan(report: Mapping[str, Any], console: Console) -> None:
         f"{trace['duration_s']:.0f} s" + (", prompts read elsewhere" if report["decode_only"] else ""),
         highlight=False,
     )
+    if window := report["machine"].get("window_tokens"):
+        console.print(f"work units of {window:,} tokens (training.window_tokens)", highlight=False)
     for label, section in report["slos"].items():
         _print_section(label, section, report.get("physical_limit", {}).get(label, {}), console)
 
