@@ -56,7 +56,9 @@ def test_every_setting_of_the_default_file_can_be_taken_out_of_its_comment(tmp_p
     unset = {"served_name": None, "context_length": None}
     assert taken.model.model_copy(update=unset) == default.model
     assert taken.device.inference_cores == (0, 1)
-    for section in ("slo", "scheduling", "memory", "training", "logging"):
+    unset = {"window_tokens": None, "sequence_tokens": None}
+    assert taken.training.model_copy(update=unset) == default.training
+    for section in ("slo", "scheduling", "memory", "logging"):
         assert getattr(taken, section) == getattr(default, section)
 
 

@@ -17,7 +17,7 @@ from harli_appliance.bench.traces import Trace, TraceRequest
 from harli_appliance.bench.traces_synthetic import Bursts, synthetic_trace
 from harli_appliance.cli.main import run as cli
 from harli_appliance.errors import UsageError
-from harli_appliance.planner.calibrated import Calibrated, TrainingRates, learn
+from harli_appliance.planner.calibrated import Calibrated, Paces, TrainingRates, learn, paces
 from harli_appliance.planner.device import StepWork, decode_work
 from harli_appliance.planner.fleet import replay
 from harli_appliance.planner.gpus import GPUS, find_gpu
@@ -436,6 +436,27 @@ def test_a_calibrated_device_costs_what_was_measured() -> None:
         replace(device, predictor=learn(STEPS[:32])).corun_ms(work, None)
     with pytest.raises(UsageError, match="step 1 of the calibration"):
         learn([{"step": {"kind": "decode"}}])
+
+
+def test_the_pace_of_a_shared_machine_is_replayed() -> None:
+    slowed = [{**entry, "measured_ms": 2.0 * entry["measured_ms"]} for entry in STEPS]  # type: ignore[operator]
+    found = paces([*STEPS, *slowed], learn(STEPS))
+    length = found.ends_s[-1]
+    assert found.at(length - 0.01) == pytest.approx(2.0 * found.at(0.0), rel=0.02)
+    assert found.at(length + 0.01) == found.at(0.01)
+    assert Paces((), ()).at(3.0) == 1.0
+    fleet = two_cores()
+    device = replace(fleet.device, paces=Paces((10.0, 20.0), (1.0, 2.0)))  # type: ignore[type-var]
+    trace = synthetic_trace(200.0, 3, Bursts(0.05)).with_lengths(prompt_scale=0.04, output_scale=0.25)
+    trained = run(Scenario(replace(fleet, device=device), "train_only", trace, "slo", 400.0, 5000.0, 50, 0))
+    assert trained.finetune_tokens_per_s == pytest.approx(60.0 * 0.75, rel=0.02), (
+        "half as fast half of the time"
+    )
+    steady, served = (
+        run(Scenario(replace(fleet, device=which), "serve_only", trace, "slo", 400.0, 5000.0, 50, 0))
+        for which in (fleet.device, device)
+    )
+    assert max(served.tpot_ms) > 1.5 * max(steady.tpot_ms)
 
 
 def test_a_measured_comparison_is_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,10 @@ class Device(Protocol):
         """Slots that a micro-batch of `tokens` tokens needs."""
         ...
 
+    def pace(self, at_s: float) -> float:
+        """How many times longer than usual everything takes at that time; 1 on a device that is nobody else's."""
+        ...
+
     def solo_ms(self, work: StepWork, split: Split | None = None) -> float:
         """The step with nothing beside it."""
         ...

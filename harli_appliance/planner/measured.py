@@ -18,7 +18,7 @@ from harli_appliance.bench.compare_store import Basis, CompareStore
 from harli_appliance.bench.comparison import RunResult
 from harli_appliance.config import MemorySettings, ModelSettings, TrainingSettings
 from harli_appliance.errors import UsageError
-from harli_appliance.planner.calibrated import Calibrated, TrainingRates, learn
+from harli_appliance.planner.calibrated import Calibrated, TrainingRates, learn, paces
 from harli_appliance.planner.requests import Limits
 from harli_appliance.planner.scenario import Fleet, Scenario, run
 from harli_appliance.planner.shapes import model_shape
@@ -60,11 +60,14 @@ class Measured:
         Raises:
             UsageError: the file cannot be read or has no steps of a kind that is needed.
         """
+        found = _steps(steps)
+        predictor = learn(found)
         model, memory, training = ModelSettings(), MemorySettings(), TrainingSettings()
         device = Calibrated(
             name="the measured machine",
             model=model_shape(self.plan.model),
-            predictor=learn(_steps(steps)),
+            predictor=predictor,
+            paces=paces(found, predictor),
             rates=TrainingRates(self.basis.train_alone_tokens_per_s, self._beside()),
             slots=memory.pool_slots,
             window_tokens=training.sizes(gpu=False).window_tokens,

@@ -36,8 +36,8 @@ WINDOWS = (256, 512, 1024, 2048)
 """Tokens of a work unit that are considered; one layer of Llama-3-8B over 1,024 takes under 1 ms forward and 2 ms
 backward on an H100."""
 TRAFFIC = 0.25
-"""Share of the bandwidth that training may take: the fewer tokens a unit has, the sooner it ends, and the more often
-weights are read. The smallest window that stays below it is used, or the largest there is."""
+"""Share of the bandwidth that training may take: the fewer tokens a unit has, the sooner it ends, and the more
+often weights are read. The smallest window that stays below it is used, or the largest there is."""
 ACTIVATION_BYTES = 100.0
 """Moved per training token and layer, in hidden sizes: the 34 hidden sizes of bytes that a layer keeps
 (Korthikanti et al. 2022, arXiv 2205.05198), written forward, and written and read again backward."""
@@ -120,6 +120,9 @@ class Roofline:
 
     def lease_slots(self, tokens: int) -> int:
         return self.model.lease_slots(tokens)
+
+    def pace(self, at_s: float) -> float:
+        return 1.0
 
     # -- serving -----------------------------------------------------------------------------------------
 

@@ -28,6 +28,10 @@ WATERMARK = 0.1
 MIXED = 0.1
 """A step that waited for a unit for more than this share of it is neither solo nor co-run: nothing is
 learned."""
+A_DAY_S = 86_400.0
+"""Within which a run begins at some time of the device's."""
+MOMENT_S = 0.25
+"""For so long a device's pace is taken to stay what it is, while nothing is served."""
 NOTHING = Outlook(ready=False)
 WHOLE = Split("whole", 0.0, 1.0)
 """Training has the device to itself."""
@@ -62,7 +66,9 @@ class SimulatedServer:
         self._requests = SimulatedRequests(device.slots, limits)
         self._decode_only = decode_only
         self._random = random.Random(seed)
+        self._since_s = A_DAY_S * self._random.random()
         self._watermark = int(WATERMARK * device.slots)
+        self._pace = 1.0
         self._beside: Split | None = None
         """Where a unit was under way when the last step ended; None when none was."""
 
@@ -100,6 +106,7 @@ class SimulatedServer:
 
     def _tick(self, until: float) -> None:
         started, training = self.now, self.training
+        self._pace = self._device.pace(self._since_s + started)
         if training is not None and not training.leased:
             training.leased = self._requests.wanted + training.slots + self._watermark <= self._device.slots
         outlook = training.outlook() if training is not None else NOTHING
@@ -132,8 +139,8 @@ class SimulatedServer:
     def _without_serving(self, decision: Decision, until: float) -> None:
         """Nothing is served until the next arrival, or until training gives back what serving waits for."""
         if self.training is not None and decision.units:
-            rate = self._device.training_rate()
-            until = min(until, self.now + self.training.left / rate)
+            rate = self._device.training_rate() / self._pace
+            until = min(until, self.now + MOMENT_S, self.now + self.training.left / rate)
             self.training.run(rate * (until - self.now))
             self._beside = WHOLE
         self.now = until
@@ -142,7 +149,7 @@ class SimulatedServer:
         training, device = self.training, self._device
         mode, split, step = decision.mode, decision.split, work.step
         delay = self._delay(split if mode == "partition" else None)
-        noise = 1.0 + NOISE * self._random.gauss(0.0, 1.0)
+        noise = self._pace * (1.0 + NOISE * self._random.gauss(0.0, 1.0))
         if mode == "partition":
             took = device.corun_ms(work, split) * noise
         elif mode == "fused":
@@ -171,7 +178,7 @@ class SimulatedServer:
             )
 
     def _train_beside(self, training: SimulatedTraining, decision: Decision, seconds: float) -> None:
-        rate = self._device.corun_training_rate(decision.split)
+        rate = self._device.corun_training_rate(decision.split) / self._pace
         amount = rate * seconds
         if decision.units < UNLIMITED:  # so many are waited for, also when the step is over before
             amount = training.amount_of(decision.units)
@@ -192,7 +199,7 @@ class SimulatedServer:
     def _train_alone(self, training: SimulatedTraining, units: int) -> None:
         """A slice: on the whole device, after the step, to the end of its last unit."""
         amount = training.amount_of(units)
-        seconds = amount / self._device.training_rate()
+        seconds = amount / self._device.training_rate() * self._pace
         training.run(amount)
         self.now += seconds
         if self._device.splits:  # elsewhere None stands for the one way of running beside serving

@@ -23,18 +23,24 @@ FUSED = (32, 640)
 
 def taught(device: Device, *, chunk_tokens: int, noise: float, seed: int) -> Predictor:
     """A predictor that was calibrated on `device`; the same arguments give the same one."""
-    predictor, rng = Predictor(), random.Random(seed)
+    predictor, rng, now = Predictor(), random.Random(seed), 0.0
 
     def seen(cost: float) -> float:
         return cost * (1.0 + noise * rng.gauss(0.0, 1.0))
 
+    def took(cost_ms: float) -> float:
+        nonlocal now
+        ms = device.pace(now) * seen(cost_ms)
+        now += ms / 1e3
+        return ms
+
     whole: tuple[Split | None, ...] = (None,)
     for split in whole + device.splits:
         for work in _steps(chunk_tokens, rng):
-            predictor.observe(work.step, seen(device.solo_ms(work, split)), split=split)
+            predictor.observe(work.step, took(device.solo_ms(work, split)), split=split)
         if split is not None or not device.splits:
             for work in _steps(chunk_tokens, rng):
-                predictor.observe(work.step, seen(device.corun_ms(work, split)), corun=True, split=split)
+                predictor.observe(work.step, took(device.corun_ms(work, split)), corun=True, split=split)
         beside = split is not None or not device.splits
         rate = device.corun_training_rate(split) if beside else device.training_rate()
         for _ in range(RATES):
@@ -42,7 +48,7 @@ def taught(device: Device, *, chunk_tokens: int, noise: float, seed: int) -> Pre
     if device.fuses:
         for work in _steps(chunk_tokens, rng):
             tokens = rng.randrange(*FUSED)
-            predictor.observe(work.step, seen(device.fused_ms(work, tokens)), fused_tokens=tokens)
+            predictor.observe(work.step, took(device.fused_ms(work, tokens)), fused_tokens=tokens)
     return predictor
 
 
