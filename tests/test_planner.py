@@ -433,7 +433,7 @@ def test_a_calibrated_device_costs_what_was_measured() -> None:
     assert 0.1 < beside < 0.9
     assert found.finetune_tokens_per_s == pytest.approx(50 * beside + 60 * (1 - beside), abs=1.0)
     with pytest.raises(UsageError, match="too few decode steps beside training"):
-        replace(device, predictor=learn(STEPS[:32])).corun_ms(work, None)
+        replace(device, steps=learn(STEPS[:32])).corun_ms(work, None)
     with pytest.raises(UsageError, match="step 1 of the calibration"):
         learn([{"step": {"kind": "decode"}}])
 

@@ -1,6 +1,6 @@
 """A device whose costs were measured: steps that a real appliance made, and how fast it trained.
 
-Steps alone and beside training are what a predictor expects after it has learned from the measured ones. How
+Steps alone and beside training take what the predictor's model says, fitted to all measured ones at once. How
 much slower or faster they were from moment to moment, on a machine that is shared, is replayed as it was. The
 device is divided in one way, as a CPU is between its lanes, so a fused step is the training window's forward
 pass and then the step, on the same lane.
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import statistics
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +20,12 @@ from harli_appliance.errors import UsageError
 from harli_appliance.planner.device import StepWork
 from harli_appliance.planner.shapes import ModelShape
 from harli_appliance.planner.training import FORWARD_SHARE
-from harli_appliance.scheduling.predictor import Predictor
+from harli_appliance.scheduling.predictor import features_of, size_of
+from harli_appliance.scheduling.regime import Features, Regime
 from harli_appliance.scheduling.types import Split, Step
+
+QUANTILE = 0.99
+"""Of the regimes' bounds, which nobody asks for here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +53,47 @@ class Paces:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuredSteps:
+    """Attributes:
+    regimes: by the kind of step, and whether training ran beside it.
+    """
+
+    regimes: Mapping[tuple[str, bool], Regime]
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.regimes.values()))
+
+    def expected_ms(self, step: Step, *, corun: bool) -> float:
+        """What a step takes as a rule.
+
+        Raises:
+            UsageError: too few of its kind were measured.
+        """
+        regime = self.regimes.get((step.kind, corun))
+        expected = regime.expected(features_of(step), size=size_of(step)) if regime is not None else math.nan
+        if math.isnan(expected):
+            how = "beside training" if corun else "alone"
+            raise UsageError(
+                f"the calibration has too few {step.kind} steps {how}; measure more of them",
+                param="calibration",
+            )
+        return expected
+
+
+@dataclass(frozen=True, slots=True)
 class Calibrated:
     """Args:
     name: of the machine.
-    predictor: has learned from steps of every kind; see `learn`.
-    paces: how the machine's pace changed while it did; over again when it is through.
+    steps: what they take; see `learn`.
+    paces: how the machine's pace changed while they were measured; over again when it is through.
     slots: of the appliance's pool.
     window_tokens: of a work unit.
     """
 
     name: str
     model: ModelShape
-    predictor: Predictor
+    steps: MeasuredSteps
     rates: TrainingRates
     slots: int
     window_tokens: int
@@ -80,7 +114,7 @@ class Calibrated:
     def describe(self) -> dict[str, Any]:
         return {
             "device": self.name,
-            "calibrated_from_steps": self.predictor.samples,
+            "calibrated_from_steps": self.steps.count,
             "slots": self.slots,
             "training_alone_tokens_per_s": round(self.rates.alone, 1),
             "training_beside_tokens_per_s": round(self.rates.beside, 1),
@@ -93,10 +127,10 @@ class Calibrated:
         return self.paces.at(at_s)
 
     def solo_ms(self, work: StepWork, split: Split | None = None) -> float:
-        return _known(self.predictor, work.step, corun=False)
+        return self.steps.expected_ms(work.step, corun=False)
 
     def corun_ms(self, work: StepWork, split: Split | None) -> float:
-        return _known(self.predictor, work.step, corun=True)
+        return self.steps.expected_ms(work.step, corun=True)
 
     def fused_ms(self, work: StepWork, tokens: int) -> float:
         return self.solo_ms(work) + 1e3 * FORWARD_SHARE * tokens / self.rates.alone
@@ -108,40 +142,14 @@ class Calibrated:
         return self.rates.beside
 
 
-def _known(predictor: Predictor, step: Step, *, corun: bool) -> float:
-    """What the step takes at the machine's usual pace."""
-    bound = predictor.corun(step) if corun else predictor.solo(step)
-    if bound is None:
-        how = "beside training" if corun else "alone"
-        raise UsageError(
-            f"the calibration has too few {step.kind} steps {how}; measure more of them", param="calibration"
-        )
-    return bound.expected_ms / predictor.pace
-
-
-def paces(steps: Sequence[Mapping[str, Any]], predictor: Predictor) -> Paces:
-    """How many times as long as usual the decode steps took one after the other; `steps` as `learn` takes them.
-
-    Reading a prompt is off by more than the machine's pace, so prompts are left out.
-    """
-    decodes = [entry for entry in steps if entry["step"]["kind"] == "decode"]
-    ratios = [
-        entry["measured_ms"] / _known(predictor, Step(**entry["step"]), corun=entry["corun"])
-        for entry in decodes
-    ]
-    usual = statistics.median(ratios) if ratios else 1.0
-    ends = itertools.accumulate(entry["measured_ms"] / 1e3 for entry in decodes)
-    return Paces(tuple(ends), tuple(ratio / usual for ratio in ratios))
-
-
-def learn(steps: Iterable[Mapping[str, Any]]) -> Predictor:
-    """A predictor that knows measured steps: ``step`` (fields of `Step`), ``measured_ms`` and ``corun`` each.
+def learn(entries: Iterable[Mapping[str, Any]]) -> MeasuredSteps:
+    """What measured steps tell: ``step`` (fields of `Step`), ``measured_ms`` and ``corun`` each.
 
     Raises:
         UsageError: an entry is not of that form.
     """
-    predictor = Predictor()
-    for number, entry in enumerate(steps, start=1):
+    found: defaultdict[tuple[str, bool], list[tuple[Features, float, int | None]]] = defaultdict(list)
+    for number, entry in enumerate(entries, start=1):
         try:
             step, took, corun = Step(**entry["step"]), float(entry["measured_ms"]), bool(entry["corun"])
         except (KeyError, TypeError, ValueError) as error:
@@ -149,5 +157,23 @@ def learn(steps: Iterable[Mapping[str, Any]]) -> Predictor:
                 f"step {number} of the calibration cannot be used ({error}); measure with 'harli bench predictor'",
                 param="calibration",
             ) from error
-        predictor.observe(step, took, corun=corun)
-    return predictor
+        found[step.kind, corun].append((features_of(step), took, size_of(step)))
+    regimes = {}
+    for key, samples in found.items():
+        regimes[key] = Regime(QUANTILE, window=len(samples))
+        regimes[key].learn(samples)
+    return MeasuredSteps(regimes)
+
+
+def paces(entries: Sequence[Mapping[str, Any]], steps: MeasuredSteps) -> Paces:
+    """How many times as long as usual the decode steps took one after the other; `entries` as `learn` takes them.
+
+    Reading a prompt is off by more than the machine's pace, so prompts are left out.
+    """
+    decodes = [entry for entry in entries if entry["step"]["kind"] == "decode"]
+    ratios = [
+        entry["measured_ms"] / steps.expected_ms(Step(**entry["step"]), corun=entry["corun"])
+        for entry in decodes
+    ]
+    ends = itertools.accumulate(entry["measured_ms"] / 1e3 for entry in decodes)
+    return Paces(tuple(ends), tuple(ratios))

@@ -61,13 +61,13 @@ class Measured:
             UsageError: the file cannot be read or has no steps of a kind that is needed.
         """
         found = _steps(steps)
-        predictor = learn(found)
+        learned = learn(found)
         model, memory, training = ModelSettings(), MemorySettings(), TrainingSettings()
         device = Calibrated(
             name="the measured machine",
             model=model_shape(self.plan.model),
-            predictor=predictor,
-            paces=paces(found, predictor),
+            steps=learned,
+            paces=paces(found, learned),
             rates=TrainingRates(self.basis.train_alone_tokens_per_s, self._beside()),
             slots=memory.pool_slots,
             window_tokens=training.sizes(gpu=False).window_tokens,

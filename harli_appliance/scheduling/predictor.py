@@ -102,7 +102,7 @@ class Predictor:
         regime = self._regimes.get(key)
         if regime is None:
             regime = self._regimes[key] = Regime(self._quantile)
-        features, size = _features(step, fused_tokens), _size(step)
+        features, size = features_of(step, fused_tokens), size_of(step)
         usual = regime.bound(features, base, size)
         if usual is not None:
             predicted = self._at_pace(usual)
@@ -139,11 +139,11 @@ class Predictor:
         if regime is None:
             return None
         base = 0.0 if stage == "solo" else self._alone(step, split)
-        return regime.bound(_features(step, fused_tokens), base, _size(step))
+        return regime.bound(features_of(step, fused_tokens), base, size_of(step))
 
     def _alone(self, step: Step, split: Split | None) -> float:
         regime = self._regimes.get(("solo", step.kind, _name(split)))
-        return regime.expected(_features(step), size=_size(step)) if regime is not None else math.nan
+        return regime.expected(features_of(step), size=size_of(step)) if regime is not None else math.nan
 
     # -- report and persistence -------------------------------------------------------------------------
 
@@ -180,7 +180,7 @@ class Predictor:
         self._rates.update(state["training_rates"])
 
 
-def _features(step: Step, fused_tokens: int = 0) -> Features:
+def features_of(step: Step, fused_tokens: int = 0) -> Features:
     """Of a fused step those of the training tokens, piecewise linear and convex: a step that waits for memory has
     room for some tokens before they cost time."""
     if fused_tokens:
@@ -188,7 +188,7 @@ def _features(step: Step, fused_tokens: int = 0) -> Features:
     return (1.0, float(step.batch), float(step.context_tokens), float(step.prefill_tokens))
 
 
-def _size(step: Step) -> int | None:
+def size_of(step: Step) -> int | None:
     return step.batch if step.kind == "decode" else None
 
 

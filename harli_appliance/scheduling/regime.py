@@ -18,7 +18,7 @@ import bisect
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,11 +61,12 @@ class Regime:
 
     Args:
         quantile: share of steps that must stay under the bound, in (0.5, 1).
+        window: samples that are kept.
     """
 
-    def __init__(self, quantile: float) -> None:
+    def __init__(self, quantile: float, window: int = WINDOW) -> None:
         self._target = self._level = 1.0 - quantile
-        self._samples: deque[_Sample] = deque(maxlen=WINDOW)
+        self._samples: deque[_Sample] = deque(maxlen=window)
         self._residuals: deque[float] = deque()
         self._sorted: list[float] = []
         self._recent: deque[float] = deque(maxlen=DRIFT)
@@ -99,6 +100,12 @@ class Regime:
         low, high = (factor * self._target for factor in LEVELS)
         self._level = min(high, max(low, self._level + RATE * (self._target - (total > bound.upper_ms))))
         self._residual(total / bound.expected_ms - 1.0)
+
+    def learn(self, samples: Iterable[tuple[Features, float, int | None]]) -> None:
+        """Learn from many steps at once: features, total and size of each."""
+        self._samples.extend(_Sample(features, total, 0.0, size) for features, total, size in samples)
+        if len(self._samples) >= ENOUGH:
+            self._fit()
 
     def add(self, features: Features, total: float, base: float = 0.0, size: int | None = None) -> None:
         """Learn from one step."""
@@ -136,7 +143,7 @@ class Regime:
         """Everything takes `factor` times as long now; the samples that showed it are known already."""
         kept = list(self._samples)
         older = [sample._replace(total=sample.total * factor) for sample in kept[:-DRIFT]]
-        self._samples = deque(older + kept[-DRIFT:], maxlen=WINDOW)
+        self._samples = deque(older + kept[-DRIFT:], maxlen=self._samples.maxlen)
         for value in self._recent:  # they tell of the drift, not of the noise around what is learned now
             self._residuals.remove(value)
             self._sorted.remove(value)
