@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import tarfile
 import tempfile
 import time
@@ -319,9 +320,15 @@ class HarliClient:
 
 
 def _unpack(file: IO[bytes], folder: Path) -> None:
+    """The files of an archive without folders, whatever else is in it. (`extractall` has a filter for what an archive
+    must not do only since Python 3.11.4.)"""
     try:
+        folder.mkdir(parents=True)
         with tarfile.open(fileobj=file) as archive:
-            archive.extractall(folder, filter="data")
+            for member in archive:
+                if member.isfile() and (content := archive.extractfile(member)) is not None:
+                    with (folder / Path(member.name).name).open("wb") as target:
+                        shutil.copyfileobj(content, target)
     except OSError as error:
         raise UsageError(f"{folder}: {error.strerror}; choose another --out", param="out") from error
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from harli_appliance.client import HarliClient, StreamedText, StreamEnd
+from harli_appliance.client import HarliClient, StreamedText, StreamEnd, _unpack
 from harli_appliance.errors import (
     ApplianceUnavailable,
     AuthenticationError,
@@ -140,3 +142,19 @@ async def test_nobody_there() -> None:
             ApplianceUnavailable, match=r"http://127\.0\.0\.1:9; start one with 'harli serve'"
         ):
             await client.status()
+
+
+def test_an_archive_stays_in_its_folder(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, content in (("config.json", b"{}"), ("../../evil.txt", b"no")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+        link = tarfile.TarInfo("link")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    file.seek(0)
+    _unpack(file, tmp_path / "in" / "job")
+    assert sorted(path.name for path in (tmp_path / "in" / "job").iterdir()) == ["config.json", "evil.txt"]
+    assert sorted(path.name for path in tmp_path.rglob("*.txt")) == ["evil.txt"]
