@@ -320,8 +320,8 @@ class HarliClient:
 
 
 def _unpack(file: IO[bytes], folder: Path) -> None:
-    """The files of an archive without folders, whatever else is in it. (`extractall` has a filter for what an archive
-    must not do only since Python 3.11.4.)"""
+    """The files of an archive, without folders and whatever else is in it. (`extractall` has a filter for what
+    an archive must not do only since Python 3.11.4.)"""
     try:
         folder.mkdir(parents=True)
         with tarfile.open(fileobj=file) as archive:
