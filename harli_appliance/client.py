@@ -351,6 +351,9 @@ _BY_STATUS: Mapping[int, type[HarliError]] = {
     409: Conflict,
     503: ApplianceUnavailable,
 }
+_BY_CODE: Mapping[object, type[HarliError]] = {
+    kind.default_code: kind for kind in (NotReady, UnsupportedParameter)
+}
 
 
 def _error(status: int, body: object, retry_after: str | None = None) -> HarliError:
@@ -359,13 +362,9 @@ def _error(status: int, body: object, retry_after: str | None = None) -> HarliEr
     if not isinstance(detail, dict):
         return ApplianceUnavailable(f"whatever answers there is no appliance (HTTP {status}); check --url")
     message, code, param = str(detail.get("message")), detail.get("code"), detail.get("param")
-    if code == NotReady.default_code:
-        return NotReady(message)
     if status == 429:
         return Overloaded(message, retry_after_s=float(retry_after or 1))
     if code == DatasetError.default_code:
         return DatasetError(message, findings=detail.get("findings") or ())
-    if code == UnsupportedParameter.default_code:
-        return UnsupportedParameter(message, param=param)
-    kind = _BY_STATUS.get(status, UsageError if status < 500 else EngineFault)
+    kind = _BY_CODE.get(code) or _BY_STATUS.get(status, UsageError if status < 500 else EngineFault)
     return kind(message, code=code, param=param)

@@ -21,7 +21,7 @@ from harli_appliance.planner.device import StepWork
 from harli_appliance.planner.shapes import ModelShape
 from harli_appliance.planner.training import FORWARD_SHARE
 from harli_appliance.scheduling.predictor import features_of, size_of
-from harli_appliance.scheduling.regime import Features, Regime
+from harli_appliance.scheduling.regime import Regime
 from harli_appliance.scheduling.types import Split, Step
 
 QUANTILE = 0.99
@@ -148,7 +148,7 @@ def learn(entries: Iterable[Mapping[str, Any]]) -> MeasuredSteps:
     Raises:
         UsageError: an entry is not of that form.
     """
-    found: defaultdict[tuple[str, bool], list[tuple[Features, float, int | None]]] = defaultdict(list)
+    found: defaultdict[tuple[str, bool], list[list[Any]]] = defaultdict(list)
     for number, entry in enumerate(entries, start=1):
         try:
             step, took, corun = Step(**entry["step"]), float(entry["measured_ms"]), bool(entry["corun"])
@@ -157,11 +157,11 @@ def learn(entries: Iterable[Mapping[str, Any]]) -> MeasuredSteps:
                 f"step {number} of the calibration cannot be used ({error}); measure with 'harli bench predictor'",
                 param="calibration",
             ) from error
-        found[step.kind, corun].append((features_of(step), took, size_of(step)))
+        found[step.kind, corun].append([*features_of(step), took, 0.0, size_of(step)])
     regimes = {}
     for key, samples in found.items():
         regimes[key] = Regime(QUANTILE, window=len(samples))
-        regimes[key].learn(samples)
+        regimes[key].restore(samples, ())
     return MeasuredSteps(regimes)
 
 

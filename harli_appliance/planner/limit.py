@@ -106,7 +106,7 @@ def physical_limit(
         busy_s = min(appliances * _union_s(windows), seconds * (1.0 - prompts))
         choices = list(_choices(device, rows / steps))
         most = min(most, _best(choices, steps, rows, busy_s, seconds, rate, 1.0 - prompts))
-    return Limit(appliances * most * rate, most, prompts, steps / trace.duration_s if steps else 0.0)
+    return Limit(appliances * most * rate, most, prompts, steps / trace.duration_s)
 
 
 def _window(request: TraceRequest, pace_s: float, fastest_s: float, until: float) -> Window:

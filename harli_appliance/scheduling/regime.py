@@ -18,7 +18,7 @@ import bisect
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,12 +100,6 @@ class Regime:
         low, high = (factor * self._target for factor in LEVELS)
         self._level = min(high, max(low, self._level + RATE * (self._target - (total > bound.upper_ms))))
         self._residual(total / bound.expected_ms - 1.0)
-
-    def learn(self, samples: Iterable[tuple[Features, float, int | None]]) -> None:
-        """Learn from many steps at once: features, total and size of each."""
-        self._samples.extend(_Sample(features, total, 0.0, size) for features, total, size in samples)
-        if len(self._samples) >= ENOUGH:
-            self._fit()
 
     def add(self, features: Features, total: float, base: float = 0.0, size: int | None = None) -> None:
         """Learn from one step."""
