@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from harli_appliance.planner.calibrated import Calibrated, Paces, TrainingRates,
 from harli_appliance.planner.device import StepWork, decode_work
 from harli_appliance.planner.fleet import replay
 from harli_appliance.planner.gpus import GPUS, find_gpu
-from harli_appliance.planner.limit import Window, fewest_steps, physical_limit
+from harli_appliance.planner.limit import physical_limit
 from harli_appliance.planner.measured import Measured
 from harli_appliance.planner.plan import Question, simulate
 from harli_appliance.planner.requests import Limits, SimulatedRequests
@@ -32,9 +31,10 @@ from harli_appliance.planner.shapes import BUILT_IN_MODELS, model_shape
 from harli_appliance.planner.teach import taught
 from harli_appliance.planner.training import SimulatedTraining
 from harli_appliance.scheduling.names import POLICY_NAMES
+from harli_appliance.scheduling.policies.policy import Policy, Situation, beside, pause
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.scheduling.slo import SloTracker
-from harli_appliance.scheduling.types import Split, Step
+from harli_appliance.scheduling.types import Costs, Decision, Split, Step
 
 LLAMA = model_shape("meta-llama/Llama-3.1-8B")
 H100 = Roofline(find_gpu("h100"), LLAMA)
@@ -261,28 +261,31 @@ def test_a_run_is_the_same_every_time_and_within_the_limit(policy: str) -> None:
         assert found.finetune_tokens_per_s < limit.tokens_per_s
 
 
-def test_the_fewest_steps_that_every_request_has_enough_of() -> None:
-    assert fewest_steps([], 1.0) == 0
-    assert fewest_steps([Window(0.5, 9.5, 4)], 1.0) == 4
-    apart = [Window(0.0, 3.9, 3), Window(6.0, 9.9, 3)]
-    overlapping = [Window(0.0, 5.9, 3), Window(4.0, 9.9, 3)]
-    assert (fewest_steps(apart, 1.0), fewest_steps(overlapping, 1.0)) == (6, 4)
-    rng = random.Random(1)
-    for _ in range(60):
-        windows = []
-        for _ in range(rng.randint(1, 4)):
-            start, end = sorted((rng.randrange(8), rng.randrange(8)))
-            windows.append(Window(start + 0.5, end + 0.5, rng.randint(0, end - start + 1)))
-        enough = (
-            chosen.bit_count()
-            for chosen in range(1 << 8)
-            if all(_steps_in(chosen, window) >= window.steps for window in windows)
-        )
-        assert fewest_steps(windows, 1.0) == min(enough), windows
+def test_a_unit_that_a_step_waits_for_is_done_then() -> None:
+    """Steps alone and beside training by turns: the unit that was begun beside one ends before the next."""
+    turns = EveryOther()
+    made = server("serve_only")
+    made._scheduler._policy = turns
+    made.submit("one", TraceRequest(0.0, 1000, 2000))
+    made.advance(3.0)
+    assert made.training is not None
+    beside_steps = H100.corun_training_rate(turns.split) * made.modes["partition"]
+    half_a_unit = made.training.amount_of(64) / 64 / 2
+    assert made.training.worked - beside_steps == pytest.approx(turns.beside * half_a_unit, rel=0.4)
 
 
-def _steps_in(chosen: int, window: Window) -> int:
-    return sum(chosen >> cell & 1 for cell in range(int(window.start), int(window.end) + 1))
+class EveryOther(Policy):
+    split = H100.splits[-1]
+
+    def __init__(self) -> None:
+        self.beside = self.alone_steps = 0
+
+    def share(self, step: Step, now: Situation, costs: Costs) -> Decision:
+        if self.beside > self.alone_steps:
+            self.alone_steps += 1
+            return pause("its_turn", None)
+        self.beside += 1
+        return beside("its_turn", None, self.split)
 
 
 def test_a_looser_promise_never_gives_less_finetuning() -> None:
@@ -338,7 +341,7 @@ def test_a_report_has_the_structure_of_measured_ones() -> None:
     json.dumps(report, allow_nan=False)
 
 
-def test_a_promise_that_serving_alone_breaks_is_said_first() -> None:
+def test_a_promise_that_serving_alone_stepsbreaks_is_said_first() -> None:
     question = Question(Fleet(H100), TRACE, parse_slos("3ms"), 5000.0, ["adaptive"], [50])
     with pytest.raises(UsageError, match=r"serving alone cannot keep 3ms: it takes \d+\.\d ms"):
         simulate(question, "")

@@ -1,43 +1,52 @@
 """How much finetuning a device could possibly leave room for at a load and a promise: an upper bound.
 
-A linear program over what decode steps could be on this device: alone, beside training on any of its splits, or
-fused with so many training tokens. Serving has to be done, and training has what that leaves:
+Serving has to be done, and training has what that leaves. A linear program finds the decode steps that leave most
+of it, where a step may run alone, with training tokens in its pass, or beside training on any of the splits:
 
-- Every request needs its steps within its window, from its arrival to `output tokens` times the promise T
-  later. Steps serve all who are there, so there must be at least as many as it takes to have enough in each
-  window (`fewest_steps`), and they read each request's K and V as often as it decodes.
-- A step is charged what training could do on the whole device meanwhile, less what it does beside it or in it.
-  Costs grow convexly with the rows that a step reads, so a tangent is below them; sizes and rows are given to
-  the choices independently of each other, which only makes the bound looser.
-- Steps cannot take longer than there are requests, which is for at most the union of all windows, nor overlap
-  with reading prompts.
-- Only forward passes of training can join a step, a third of the work: no more tokens than are trained.
-- Prompts take the time of their FLOPs, decoding at least that of its own.
+- No request falls behind the promised pace: token i is due i promised times per token after the request arrived,
+  as the scheduler counts it. Up to the end of each period there are at least the steps, tokens and rows of
+  the cache that are due by then (`demand`), and a step reads no more than there are requests.
+- A step takes at least what the tangents of its cost in requests, rows and training tokens say. It may be of any
+  size, which only makes the bound looser: costs are convex.
+- A step is charged what training could do on the whole device meanwhile, less what it does beside it. Only
+  forward passes of training can join a step, a third of the work: no more tokens than are trained.
+- Steps do not overlap, so they take at most the time in which there are requests, nor with reading prompts, which
+  takes the time of its FLOPs.
 
-Not counted, so that the bound is one: units that cannot be cut, prompts that wait for each other, and any
-uncertainty; one step may serve several appliances. It takes requests to start decoding when they arrive, all
-promises to be kept, and the device to cost what the planner takes it to cost.
+Not counted, so that the bound is one: units that cannot be cut, prompts that wait for each other, what happens
+within a period, and any uncertainty; one step may serve several appliances. It takes requests to start decoding
+when they arrive, and the device to cost what the planner takes it to cost.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import sparse
 from scipy.optimize import linprog
 
-from harli_appliance.bench.traces import Trace, TraceRequest
-from harli_appliance.planner.device import decode_work
+from harli_appliance.bench.traces import Trace
+from harli_appliance.planner.demand import Array, Demand, demand_of
+from harli_appliance.planner.device import StepWork, decode_work
 from harli_appliance.planner.roofline import Roofline
 from harli_appliance.planner.training import FORWARD_SHARE
+from harli_appliance.scheduling.types import Split
 
-FUSED_GRAIN = 16
-"""Fused steps carry multiples of so many tokens."""
-FUSED_MOST = 1024
-NEAR = 0.01
-"""Of the mean number of rows: how far from it the tangent's other point is."""
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 384, 512)
+CONTEXTS = (0.5, 1.0, 2.0)
+"""Rows per request, in those of the trace."""
+FUSED = range(0, 1025, 32)
+"""Where tangents touch the costs."""
+DIGITS = 9
+"""After which tangents count as the same one."""
+OVERRUN = 10.0
+"""Price of time beyond what there is, in what training makes of it: only serving that needs it takes any."""
+
+Cost = Callable[[StepWork, int], float]
+"""Milliseconds of a step with so many training tokens in its pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +67,16 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """What a decode step could be; it takes at least ``step_s + row_s rows`` seconds.
+    """A way to make a step.
 
     Attributes:
-        trained: finetune tokens per second of it.
-        fused: training tokens that join its pass.
+        planes: that touch its cost from below, (planes, 4): milliseconds, and more for each request, row of the
+            cache and fused token.
+        lost: of what training makes alone in the time of such a step.
     """
 
-    step_s: float
-    row_s: float
-    trained: float = 0.0
-    fused: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Where a request needs `steps` decode steps, in seconds."""
-
-    start: float
-    end: float
-    steps: int
+    planes: Array
+    lost: float
 
 
 def physical_limit(
@@ -90,31 +89,14 @@ def physical_limit(
         appliances: that share it.
         decode_only: prompts are read elsewhere.
     """
-    seconds, rate, model = appliances * trace.duration_s, device.training_rate(), device.model
-    fastest_s = device.solo_ms(decode_work(1, 0)) / 1e3
-    windows = [_window(request, tpot_ms / 1e3, fastest_s, trace.duration_s) for request in trace.requests]
-    rows = sum(window.steps * (request.prompt_tokens + window.steps / 2)
-               for window, request in zip(windows, trace.requests, strict=True))  # fmt: skip
-    tokens = sum(window.steps for window in windows)
-    decode_flops = (
-        2.0 * (model.body_parameters + model.head_parameters) * tokens + model.attention_flops * rows
-    )
+    rate, seconds = device.training_rate(), appliances * trace.duration_s
     prompts = 0.0 if decode_only else _prompt_flops(device, trace) / (device.flops * seconds)
-    most = max(0.0, 1.0 - prompts - decode_flops / (device.flops * seconds))
-    steps = fewest_steps(windows, fastest_s)
+    demand = demand_of(trace, tpot_ms / 1e3)
+    steps = float(demand.steps.sum())
+    share = max(0.0, 1.0 - prompts)
     if steps:
-        busy_s = min(appliances * _union_s(windows), seconds * (1.0 - prompts))
-        choices = list(_choices(device, rows / steps))
-        most = min(most, _best(choices, steps, rows, busy_s, seconds, rate, 1.0 - prompts))
-    return Limit(appliances * most * rate, most, prompts, steps / trace.duration_s)
-
-
-def _window(request: TraceRequest, pace_s: float, fastest_s: float, until: float) -> Window:
-    """Of a window that goes on after the end of the trace, what cannot be left for later."""
-    steps = request.output_tokens - 1
-    end = request.at_s + steps * pace_s
-    after = max(0.0, end - until)
-    return Window(request.at_s, end - after, max(0, steps - math.ceil(after / fastest_s)))
+        share = min(share, _best(device, demand, seconds, appliances, 1.0 - prompts))
+    return Limit(appliances * share * rate, share, prompts, steps / trace.duration_s)
 
 
 def _prompt_flops(device: Roofline, trace: Trace) -> float:
@@ -126,80 +108,90 @@ def _prompt_flops(device: Roofline, trace: Trace) -> float:
     )
 
 
-def fewest_steps(windows: Sequence[Window], step_s: float) -> int:
-    """The smallest number of steps, at least `step_s` apart, that has enough of them in every window.
+def _choices(device: Roofline, rows_per_request: float) -> list[_Choice]:
+    """Alone or with training tokens in its pass, then beside training on each of the splits."""
 
-    Windows in the order of their ends, each given the latest steps that are still missing, which serve most of
-    those to come. Steps that are apart fall into different cells of a grid of `step_s`.
-    """
-    if not windows:
-        return 0
-    taken = np.zeros(int(max(window.end for window in windows) / step_s) + 1, dtype=bool)
-    for window in sorted(windows, key=lambda window: window.end):
-        cells = taken[int(window.start / step_s) : int(window.end / step_s) + 1]
-        missing = window.steps - int(cells.sum())
-        if missing > 0:
-            cells[np.flatnonzero(~cells)[-missing:]] = True
-    return int(taken.sum())
+    def beside(split: Split) -> Cost:
+        return lambda work, _: device.corun_ms(work, split)
 
-
-def _union_s(windows: Sequence[Window]) -> float:
-    """Seconds in which at least one request decodes, at the promised pace."""
-    covered, reached = 0.0, 0.0
-    for window in windows:
-        if window.end > reached:
-            covered += window.end - max(reached, window.start)
-            reached = window.end
-    return covered
+    rate = device.training_rate()
+    return [
+        _Choice(_tangents(device.fused_ms, rows_per_request, FUSED), 1.0),
+        *(
+            _Choice(
+                _tangents(beside(split), rows_per_request, (0,)),
+                1.0 - device.corun_training_rate(split) / rate,
+            )
+            for split in device.splits
+        ),
+    ]
 
 
-def _choices(device: Roofline, rows: float) -> Iterator[_Choice]:
-    """Everything that a step can be, with the tangents of its costs at `rows` rows."""
-    near = decode_work(1, round(rows)), decode_work(1, round(rows * (1.0 + NEAR)) + 1)
+def _tangents(cost: Cost, rows_per_request: float, fused: Sequence[int]) -> Array:
+    """Planes below a cost that is convex in requests, rows and training tokens."""
+    found = []
+    for batch, context, tokens in itertools.product(BATCHES, CONTEXTS, fused):
+        rows = round(batch * context * rows_per_request)
+        at = cost(decode_work(batch, rows), tokens)
+        slopes = np.array([
+            cost(decode_work(batch + 1, rows), tokens) - at,
+            cost(decode_work(batch, rows + 1), tokens) - at,
+            cost(decode_work(batch, rows), tokens + 1) - at,
+        ])  # fmt: skip
+        found.append([at - slopes @ (batch, rows, tokens), *slopes])
+    return np.unique(np.round(found, DIGITS), axis=0)
 
-    def choice(costs_ms: Sequence[float], trained: float = 0.0, fused: int = 0) -> _Choice:
-        row_ms = (costs_ms[1] - costs_ms[0]) / (near[1].pairs - near[0].pairs)
-        return _Choice((costs_ms[0] - row_ms * near[0].pairs) / 1e3, row_ms / 1e3, trained, fused)
 
-    yield choice([device.solo_ms(work) for work in near])
-    for split in device.splits:
-        yield choice([device.corun_ms(work, split) for work in near], device.corun_training_rate(split))
-    for tokens in range(FUSED_GRAIN, FUSED_MOST + 1, FUSED_GRAIN):
-        yield choice([device.fused_ms(work, tokens) for work in near], fused=tokens)
-
-
-def _best(
-    choices: Sequence[_Choice],
-    steps: int,
-    rows: float,
-    busy_s: float,
-    seconds: float,
-    rate: float,
-    left: float,
-) -> float:
-    """Share of the device's finetuning that the best mixture of steps leaves.
+def _best(device: Roofline, demand: Demand, seconds: float, appliances: int, left: float) -> float:
+    """Share of the device's finetuning that the best steps leave.
 
     Args:
-        busy_s: that all steps together may take, over all appliances.
+        seconds: of all appliances together.
         left: share of the time that prompts leave.
     """
-    # Variables: steps of each choice in units of all steps, rows of each in units of all rows, and the share.
-    step_s = steps * np.array([choice.step_s for choice in choices])
-    row_s = max(rows, 1.0) * np.array([choice.row_s for choice in choices])
-    lost = 1.0 - np.array([choice.trained for choice in choices]) / rate
-    fused = steps * np.array([choice.fused for choice in choices]) / (rate * seconds)
-    busy_s = max(busy_s, step_s[0] + row_s[0])  # serving alone keeps the promise, as far as it does
-    none, one = np.zeros(len(choices)), np.ones(len(choices))
+    periods, total_ms = len(demand.steps), 1e3 * seconds
+    trained = device.training_rate() * seconds
+    batch, rows = demand.tokens.sum() / demand.steps.sum(), demand.rows.sum() / demand.steps.sum()
+    choices = _choices(device, rows / batch)
+
+    # A period's variables: steps of each choice, requests and rows in them in units of `batch` and `rows`, and
+    # their milliseconds; then fused tokens, and milliseconds beyond what there is. Each name below is a row that
+    # picks one of them.
+    unit = np.eye(4 * len(choices) + 2)
+    steps, requests, read, ms = (unit[kind:-2:4] for kind in range(4))
+    fused, over = unit[-2:]
+    costs = [
+        base * steps[index]
+        + request * batch * requests[index]
+        + row * rows * read[index]
+        + token * fused
+        - ms[index]
+        for index, choice in enumerate(choices)
+        for base, request, row, token in choice.planes
+    ]
+    taken = ms.sum(axis=0) - over
+    lost = np.array([choice.lost for choice in choices]) @ ms / total_ms - FORWARD_SHARE * fused / trained
+
+    each, until, whole = sparse.eye_array(periods), np.tri(periods), np.ones((1, periods))
+    at_most = [
+        (sparse.kron(each, costs), 0.0),
+        (sparse.kron(each, requests) - sparse.kron(np.diag(demand.present / batch), steps), 0.0),
+        (sparse.kron(each, read) - sparse.kron(np.diag(demand.present_rows / rows), steps), 0.0),
+        (sparse.kron(each, [taken]), 1e3 * appliances * demand.busy_s),
+        (sparse.kron(until, [-steps.sum(axis=0)]), -demand.steps.cumsum()),
+        (sparse.kron(until, [-requests.sum(axis=0)]), -demand.tokens.cumsum() / batch),
+        (sparse.kron(until, [-read.sum(axis=0)]), -demand.rows.cumsum() / rows),
+        (sparse.kron(whole, [taken / total_ms]), left),
+        (sparse.kron(whole, [lost]), left),
+        (sparse.kron(whole, [fused / trained]), 0.0),
+    ]
+    # The last variable is the share: what is left without what is lost, at most, and at least what is fused.
+    matrix = sparse.vstack([part for part, _ in at_most])
+    share = np.zeros((matrix.shape[0], 1))
+    share[-2:, 0] = 1.0, -1.0
     found = linprog(
-        np.concatenate([none, none, [-1.0]]),
-        A_ub=[
-            np.concatenate([lost * step_s / seconds - FORWARD_SHARE * fused, lost * row_s / seconds, [1.0]]),
-            np.concatenate([step_s, row_s, [0.0]]) / busy_s,
-            np.concatenate([fused, none, [-1.0]]),
-            np.concatenate([-one, none, [0.0]]),
-        ],
-        b_ub=[left, 1.0, 0.0, -1.0],
-        A_eq=[np.concatenate([none, one, [0.0]])],
-        b_eq=[1.0],
+        np.append(np.tile(OVERRUN * over / total_ms, periods), -1.0),
+        A_ub=sparse.hstack([matrix, share]),
+        b_ub=np.concatenate([np.broadcast_to(bound, part.shape[0]) for part, bound in at_most]),
     )
     return max(0.0, float(found.x[-1])) if found.success else 0.0

@@ -207,14 +207,17 @@ class SimulatedServer:
 
     def _delay(self, split: Split | None) -> float:
         """Milliseconds that a step waits for the unit under way on SMs that it wants now, on average half of
-        it."""
+        it. A unit beside which no other follows ends meanwhile."""
         before, self._beside = self._beside, None
         if before is None or before == split or self.training is None or not self._device.splits:
             return 0.0
         wanted = split.inference if split is not None else 1.0
         overlap = max(0.0, wanted - before.inference)
         unit = self.training.unit_ms * self._device.training_rate() / self._device.training_rate(before)
-        return self._random.random() * overlap * unit
+        left = self._random.random()
+        if split is None:
+            self.training.run(left * self.training.amount_of(1))
+        return left * overlap * unit
 
     def _deliver(self, first: list[str], ended: list[str], *, everybody: bool = False) -> None:
         """Hand out tokens.
