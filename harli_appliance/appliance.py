@@ -397,6 +397,11 @@ class Appliance:
         return self._scheduler
 
     @property
+    def trainer(self) -> Trainer:
+        """There once it started."""
+        return self._trainer
+
+    @property
     def pool(self) -> SlotPool:
         """There once it started."""
         return self._pool

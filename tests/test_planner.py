@@ -9,24 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from harli_appliance.bench.compare_plan import ComparePlan, parse_slos, stretch
-from harli_appliance.bench.compare_store import Basis, CompareStore, RunFile
-from harli_appliance.bench.comparison import SloTarget
+from harli_appliance.bench.compare_plan import parse_slos
 from harli_appliance.bench.traces import Trace, TraceRequest
 from harli_appliance.bench.traces_synthetic import Bursts, synthetic_trace
 from harli_appliance.cli.main import run as cli
 from harli_appliance.errors import UsageError
-from harli_appliance.planner.calibrated import Calibrated, Paces, TrainingRates, learn, paces
 from harli_appliance.planner.device import StepWork, decode_work
 from harli_appliance.planner.fleet import replay
 from harli_appliance.planner.gpus import GPUS, find_gpu
 from harli_appliance.planner.limit import physical_limit
-from harli_appliance.planner.measured import Measured
 from harli_appliance.planner.plan import Question, simulate
 from harli_appliance.planner.requests import Limits, SimulatedRequests
 from harli_appliance.planner.roofline import Roofline
 from harli_appliance.planner.scenario import Fleet, Scenario, run
-from harli_appliance.planner.server import NOISE, SimulatedServer
+from harli_appliance.planner.server import SimulatedServer
 from harli_appliance.planner.shapes import BUILT_IN_MODELS, model_shape
 from harli_appliance.planner.teach import taught
 from harli_appliance.planner.training import SimulatedTraining
@@ -48,7 +44,7 @@ def scenario(policy: str, tpot_ms: float = 9.0, **fleet: object) -> Scenario:
 
 def server(policy: str, slots: int | None = None) -> SimulatedServer:
     device = H100 if slots is None else Small(H100.gpu, H100.model, slots_=slots)
-    predictor = taught(device, chunk_tokens=2048, noise=NOISE, seed=1)
+    predictor = taught(device, chunk_tokens=2048, seed=1)
     scheduler = Scheduler(predictor, policy, device.splits)
     training = SimulatedTraining(device, 2048)
     return SimulatedServer(device, scheduler, SloTracker(9, 5000), training, limits=Limits(), seed=1)
@@ -406,101 +402,3 @@ def test_trace_type_is_what_the_simulator_takes() -> None:
     found = run(replace(scenario("adaptive"), trace=late))
     assert (found.requests, found.good, len(found.tpot_ms)) == (1, 1, 0)
     assert isinstance(H100.splits[0], Split)
-
-
-STEPS = [
-    {"step": {"kind": kind, "batch": batch, "context_tokens": 100 * batch, "prefill_tokens": prefill},
-     "measured_ms": (40.0 + 6.0 * batch + 1.5 * prefill) * (1.25 if corun else 1.0), "corun": corun}
-    for corun in (False, True)
-    for batch in range(1, 17)
-    for kind, prefill in (("decode", 0), ("prefill", 8 * batch))
-]  # fmt: skip
-
-
-def two_cores() -> Fleet:
-    model, rates = model_shape("smollm2-135m-instruct"), TrainingRates(60.0, 50.0)
-    device = Calibrated("two cores", model, learn(STEPS), rates, 16_384, 128)
-    return Fleet(device, limits=Limits(chunk_tokens=128, running=32), micro_batch_tokens=128)
-
-
-def test_a_calibrated_device_costs_what_was_measured() -> None:
-    fleet, work = two_cores(), decode_work(4, 400)
-    device = fleet.device
-    assert isinstance(device, Calibrated)
-    assert device.solo_ms(work) == pytest.approx(64.0, rel=0.01)
-    assert device.corun_ms(work, None) == pytest.approx(80.0, rel=0.01)
-    assert device.fused_ms(work, 6) == pytest.approx(64.0 + 1e3 * 2 / 60, rel=0.01)
-    trace = synthetic_trace(120.0, 3, Bursts(0.2)).with_lengths(prompt_scale=0.04, output_scale=0.25)
-    found = run(Scenario(fleet, "static", trace, "slo", 400.0, 5000.0, 50, 0))
-    beside = found.modes["partition"]
-    assert 0.1 < beside < 0.9
-    assert found.finetune_tokens_per_s == pytest.approx(50 * beside + 60 * (1 - beside), abs=1.0)
-    with pytest.raises(UsageError, match="too few decode steps beside training"):
-        replace(device, steps=learn(STEPS[:32])).corun_ms(work, None)
-    with pytest.raises(UsageError, match="step 1 of the calibration"):
-        learn([{"step": {"kind": "decode"}}])
-
-
-def test_the_pace_of_a_shared_machine_is_replayed() -> None:
-    slowed = [{**entry, "measured_ms": 2.0 * entry["measured_ms"]} for entry in STEPS]  # type: ignore[operator]
-    found = paces([*STEPS, *slowed], learn(STEPS))
-    length = found.ends_s[-1]
-    assert found.at(length - 0.01) == pytest.approx(2.0 * found.at(0.0), rel=0.02)
-    assert found.at(length + 0.01) == found.at(0.01)
-    assert Paces((), ()).at(3.0) == 1.0
-    fleet = two_cores()
-    device = replace(fleet.device, paces=Paces((10.0, 20.0), (1.0, 2.0)))  # type: ignore[type-var]
-    trace = synthetic_trace(200.0, 3, Bursts(0.05)).with_lengths(prompt_scale=0.04, output_scale=0.25)
-    trained = run(Scenario(replace(fleet, device=device), "train_only", trace, "slo", 400.0, 5000.0, 50, 0))
-    assert trained.finetune_tokens_per_s == pytest.approx(60.0 * 0.75, rel=0.02), (
-        "half as fast half of the time"
-    )
-    steady, served = (
-        run(Scenario(replace(fleet, device=which), "serve_only", trace, "slo", 400.0, 5000.0, 50, 0))
-        for which in (fleet.device, device)
-    )
-    assert max(served.tpot_ms) > 1.5 * max(steady.tpot_ms)
-
-
-def test_a_measured_comparison_is_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = ComparePlan(
-        policies=("adaptive", "naive", "time_slice", "serve_only"), slos=parse_slos("400ms"), repetitions=1,
-        model="smollm2-135m-instruct", loads=(60,), seconds=30.0,
-    )  # fmt: skip
-    store, target = CompareStore(tmp_path), SloTarget("400ms", 400.0, 5000.0, 1.5)
-    store.begin(plan, resume=False)
-    store.keep_basis(Basis(70.0, 60.0, (target,), (), 65.0))
-    for asked in plan.runs():
-        part = stretch(plan.load_trace(), plan, 0.9, 0)
-        made = Scenario(two_cores(), asked.policy, part, "400ms", 400.0, 5000.0, 60, 0, plan.lead_s)
-        store.keep(asked, RunFile(run(made), [], []))
-    (tmp_path / "steps.json").write_text(json.dumps({"learned": STEPS[:32], "held_out": STEPS[32:]}))
-    machine = Measured(tmp_path)
-    fleet = machine.fleet(tmp_path / "steps.json")
-    assert isinstance(fleet.device, Calibrated)
-    assert fleet.device.rates.beside == pytest.approx(50.0, rel=0.05)
-    found = machine.validate(fleet)
-    assert (found["within_goal"], len(found["cells"])) == (1.0, 4)
-    assert found["median_error"] < 0.05
-
-    wrong = next(asked for asked in plan.runs() if asked.policy == "time_slice")
-    kept = store.read(wrong)
-    assert kept is not None
-    slower = replace(kept.result, finetune_tokens_per_s=0.8 * kept.result.finetune_tokens_per_s)
-    store.keep(wrong, RunFile(slower, [], []))
-    arguments = [
-        "plan",
-        "--calibration",
-        str(tmp_path / "steps.json"),
-        "--measured",
-        str(tmp_path),
-        "--validate",
-    ]
-    assert cli(arguments) == 1
-    told = capsys.readouterr().out
-    assert "25% *" in told
-    assert "75% of these within 15%" in told
-    assert (
-        cli(["plan", "--measured", str(tmp_path / "no"), "--calibration", str(tmp_path / "steps.json")]) == 2
-    )
-    assert "holds no comparison" in capsys.readouterr().err

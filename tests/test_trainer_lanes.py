@@ -229,10 +229,10 @@ async def train(trainer: Trainer, queue: Queue, **allowed: Any) -> None:
 @pytest.mark.parametrize("turns", [False, True], ids=["on its own lane", "taking turns"])
 async def test_a_lease_is_given_back_when_the_device_is_done_with_it(turns: bool) -> None:
     device, queue, half = Device(), Queue(), Split("64+68", 64 / 132, 68 / 132)
-    paces: list[tuple[float, Split | None]] = []
+    paces: list[tuple[float, float, Split | None]] = []
     home, serving = DeviceLane("training", device, ahead=1), DeviceLane("inference", device, ahead=0)
     pool = SlotPool(Slots(), watermark=0.0)
-    told = lambda tokens, seconds, place: paces.append((tokens, place))  # noqa: E731
+    told = lambda *pace: paces.append(pace)  # noqa: E731
     trainer = trainer_of(queue, pool, fake_run(device), home, on_pace=told)
     pool.grant = watched(pool.grant, device)  # type: ignore[method-assign]
     pool.grant_contiguous = watched(pool.grant_contiguous, device)  # type: ignore[method-assign]
@@ -241,7 +241,12 @@ async def test_a_lease_is_given_back_when_the_device_is_done_with_it(turns: bool
     assert device.happened == ["begin", "unit", "unit", "unit", "finish", "step"]
     pool.settle()
     assert pool.leases() == ()
-    assert paces == [(8.0, half)]
+    ((tokens, seconds, place),) = paces
+    assert (tokens, place) == (8.0, half)
+    whole = sum(times.total_ms for kind, times in trainer.unit_times.items() if kind != "step")
+    assert whole == pytest.approx(1e3 * seconds * half.training), (
+        "as long as it would take on the whole device"
+    )
 
 
 async def test_serving_gets_back_what_could_be_spared_and_the_work_goes_on() -> None:

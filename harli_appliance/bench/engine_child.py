@@ -66,10 +66,10 @@ async def _compare(appliance: Appliance, task: Task) -> None:
 
 
 async def _predictor(appliance: Appliance, task: Task) -> None:
-    """Steps to learn from and steps to be predicted, kept in ``steps.json``."""
+    """Steps to learn from and steps to be predicted, and units of training, kept in ``steps.json``."""
     from harli_appliance.bench.predictor_run import record_steps
 
-    await record_steps(appliance, appliance.scheduler, task, tell)
+    await record_steps(appliance, appliance.scheduler, appliance.trainer, task, tell)
 
 
 async def _adapt(appliance: Appliance, task: Task) -> None:

@@ -18,6 +18,8 @@ from harli_appliance.scheduling.types import Bound, Split, Step
 STEPS: Final = "steps.json"
 """File of observed steps, by part."""
 PARTS: Final = ("learned", "held_out")
+UNITS: Final = "units"
+"""In that file: training, by the kind of its units."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,12 @@ from typing import Any, Final
 from harli_appliance.api.ports import AppliancePort
 from harli_appliance.bench.compare_plan import ComparePlan, stretch
 from harli_appliance.bench.exact_prompts import Prompts
-from harli_appliance.bench.predictor_errors import PARTS, STEPS, Observed, Recorder
+from harli_appliance.bench.predictor_errors import PARTS, STEPS, UNITS, Observed, Recorder
 from harli_appliance.bench.session import Session, Tell
 from harli_appliance.bench.system import InProcess
 from harli_appliance.bench.verdict import REFERENCE
 from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.training.trainer import Trainer
 
 POLICIES: Final = (REFERENCE, "naive", "adaptive")
 """Alone, beside training, and both by turns as in service."""
@@ -27,9 +28,10 @@ RATE: Final = 2.0
 
 
 async def record_steps(
-    appliance: AppliancePort, scheduler: Scheduler, task: Mapping[str, Any], tell: Tell
+    appliance: AppliancePort, scheduler: Scheduler, trainer: Trainer, task: Mapping[str, Any], tell: Tell
 ) -> None:
-    """Write ``steps.json``: the observed steps of each of `PARTS`, which lie apart in the trace.
+    """Write ``steps.json``: the observed steps of each of `PARTS`, which lie apart in the trace; and as `UNITS`
+    how many units of each kind training ran meanwhile, and their mean time.
 
     Args:
         task: ``plan`` (a `ComparePlan`), ``model`` and ``out``.
@@ -62,5 +64,11 @@ async def record_steps(
             )
         tell(f"Steps: {name}", 1.0, f"{len(recorder.seen)} steps")
         found[name] = recorder.seen
-    content = {name: [observed.as_json() for observed in steps] for name, steps in found.items()}
+    content: dict[str, Any] = {
+        name: [observed.as_json() for observed in steps] for name, steps in found.items()
+    }
+    content[UNITS] = {
+        kind: {"count": times.count, "mean_ms": times.total_ms / times.count}
+        for kind, times in trainer.unit_times.items()
+    }
     (Path(task["out"]) / STEPS).write_text(json.dumps(content), encoding="utf-8")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from random import Random
 from typing import Any, Protocol
 
 from harli_appliance.scheduling.types import Split, Step
@@ -34,6 +35,27 @@ def decode_work(batch: int, context_tokens: int) -> StepWork:
     return StepWork(Step("decode", batch, context_tokens), float(context_tokens))
 
 
+FORWARD_SHARE = 1.0 / 3.0
+"""Of a token's work: 2 of 6 FLOPs a parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnitMix:
+    """The work units that a window goes through.
+
+    Attributes:
+        forward: how many of them are its forward pass.
+        backward: how many follow: loss, what is computed again, and gradients.
+        forward_share: of the work.
+        slowest: times as long as a mean unit is one of the slowest kind.
+    """
+
+    forward: float
+    backward: float
+    forward_share: float = FORWARD_SHARE
+    slowest: float = 2.0 * (1.0 - FORWARD_SHARE)
+
+
 class Device(Protocol):
     """True costs, without noise. `split` None is the whole device."""
 
@@ -56,6 +78,9 @@ class Device(Protocol):
         ...
 
     @property
+    def units(self) -> UnitMix: ...
+
+    @property
     def fuses(self) -> bool:
         """Whether training tokens can join a serving step's pass."""
         ...
@@ -70,6 +95,10 @@ class Device(Protocol):
 
     def pace(self, at_s: float) -> float:
         """How many times longer than usual everything takes at that time; 1 on a device that is nobody else's."""
+        ...
+
+    def noise(self, random: Random) -> float:
+        """How many times longer than its cost one step takes, at that pace; about 1."""
         ...
 
     def solo_ms(self, work: StepWork, split: Split | None = None) -> float:

@@ -30,9 +30,8 @@ from scipy.optimize import linprog
 
 from harli_appliance.bench.traces import Trace
 from harli_appliance.planner.demand import Array, Demand, demand_of
-from harli_appliance.planner.device import StepWork, decode_work
+from harli_appliance.planner.device import FORWARD_SHARE, StepWork, decode_work
 from harli_appliance.planner.roofline import Roofline
-from harli_appliance.planner.training import FORWARD_SHARE
 from harli_appliance.scheduling.types import Split
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 384, 512)

@@ -6,27 +6,27 @@ files and the appliance's default settings; what the simulated runs cost is for 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from harli_appliance.bench.compare_plan import ComparePlan, Run, stretch
-from harli_appliance.bench.compare_store import Basis, CompareStore
+from harli_appliance.bench.compare_store import Basis, CompareStore, RunFile
 from harli_appliance.bench.comparison import RunResult
 from harli_appliance.config import MemorySettings, ModelSettings, TrainingSettings
 from harli_appliance.errors import UsageError
-from harli_appliance.planner.calibrated import Calibrated, TrainingRates, learn, paces
+from harli_appliance.planner.calibrated import Calibrated
+from harli_appliance.planner.measured_steps import MeasuredSteps, fit, read_steps
+from harli_appliance.planner.paces import TrainingRates, paces_and_noise, paces_of, rates_of
 from harli_appliance.planner.requests import Limits
 from harli_appliance.planner.scenario import Fleet, Scenario, run
 from harli_appliance.planner.shapes import model_shape
 
 GOAL: Final = 0.15
 """Relative error of the finetune tokens/s of a policy that counts as predicted."""
-BESIDE: Final = 0.5
-"""Share of a run that must have been spent training beside requests for it to tell how fast that is."""
 FEW_TOKENS_PER_S: Final = 1.0
 """Below this a relative error says nothing: so slow a policy is predicted when the simulator says so too."""
 
@@ -47,8 +47,8 @@ class Measured:
             )
         self.basis: Basis = basis
         self.plan: ComparePlan = store.plan()
-        self.runs: dict[Run, RunResult] = {
-            asked: kept.result for asked in self.plan.runs() if (kept := store.read(asked)) is not None
+        self.runs: dict[Run, RunFile] = {
+            asked: kept for asked in self.plan.runs() if (kept := store.read(asked)) is not None
         }
 
     def fleet(self, steps: Path) -> Fleet:
@@ -60,42 +60,42 @@ class Measured:
         Raises:
             UsageError: the file cannot be read or has no steps of a kind that is needed.
         """
-        found = _steps(steps)
-        learned = learn(found)
+        shape = model_shape(self.plan.model)
+        found, units = read_steps(steps, shape.layers)
+        learned = fit(found)
+        paces, noises = paces_and_noise(found, learned)
         model, memory, training = ModelSettings(), MemorySettings(), TrainingSettings()
         device = Calibrated(
             name="the measured machine",
-            model=model_shape(self.plan.model),
+            model=shape,
             steps=learned,
-            paces=paces(found, learned),
-            rates=TrainingRates(self.basis.train_alone_tokens_per_s, self._beside()),
+            rates=self._rates(learned),
             slots=memory.pool_slots,
             window_tokens=training.sizes(gpu=False).window_tokens,
+            units=units,
+            paces=paces,
+            noises=noises,
         )
         limits = Limits(model.chunked_prefill_tokens, model.max_running_requests)
         return Fleet(device, limits=limits, micro_batch_tokens=self.plan.sequence_tokens)
 
-    def _beside(self) -> float:
-        """Tokens/s beside requests: of the runs that trained most beside them, what training without requests
-        did not do. Policies differ in when they train beside requests, not in how fast that goes."""
-        alone, found = self.basis.train_alone_tokens_per_s, []
-        for result in self.runs.values():
-            beside = result.modes.get("partition", 0.0)
-            if beside >= BESIDE:
-                without = alone * result.modes.get("training", 0.0)
-                found.append((result.finetune_tokens_per_s - without) / beside)
-        if not found:
+    def _rates(self, steps: MeasuredSteps) -> TrainingRates:
+        """Policies differ in when they train beside requests, not in how fast that goes."""
+        found = rates_of((kept, paces_of(kept, steps)) for kept in self.runs.values())
+        if found is None:
             raise UsageError(
-                "no measured run trained beside requests for half of its time; measure policy naive as well",
+                "no measured run trained for long beside requests and without any; measure policy naive as well",
                 param="measured",
             )
-        return float(np.median(found))
+        return found
 
     def validate(self, fleet: Fleet) -> dict[str, Any]:
-        """Simulate every measured run; predicted against measured finetune tokens/s of each policy."""
+        """Simulate every measured run, on the machine as it was then; predicted against measured finetune tokens/s
+        of each policy."""
         cells: dict[tuple[str, str, int], list[tuple[RunResult, RunResult]]] = {}
-        for asked, result, scenario in self._scenarios(fleet):
-            cells.setdefault((asked.policy, asked.slo, asked.load), []).append((result, run(scenario)))
+        for asked, scenario in self._scenarios(fleet):
+            pair = self.runs[asked].result, run(scenario)
+            cells.setdefault((asked.policy, asked.slo, asked.load), []).append(pair)
         rows = [
             _row(*key, *zip(*pairs, strict=True))  # measured results, simulated results
             for key, pairs in cells.items()
@@ -110,17 +110,18 @@ class Measured:
             "cells": rows,
         }
 
-    def _scenarios(self, fleet: Fleet) -> Iterator[tuple[Run, RunResult, Scenario]]:
+    def _scenarios(self, fleet: Fleet) -> Iterator[tuple[Run, Scenario]]:
         trace, targets = self.plan.load_trace(), {target.label: target for target in self.basis.targets}
-        for asked, result in self.runs.items():
-            target = targets[asked.slo]
-            rate = target.capacity_per_s * asked.load / 100
-            part = stretch(trace, self.plan, rate, asked.repetition)
+        for asked, kept in self.runs.items():
+            target, device = targets[asked.slo], fleet.device
+            if isinstance(device, Calibrated):
+                device = replace(device, paces=paces_of(kept, device.steps))
+            part = stretch(trace, self.plan, target.capacity_per_s * asked.load / 100, asked.repetition)
             scenario = Scenario(
-                fleet, asked.policy, part, asked.slo, target.tpot_ms, target.ttft_ms, asked.load,
-                asked.repetition, self.plan.lead_s,
+                replace(fleet, device=device), asked.policy, part, asked.slo, target.tpot_ms, target.ttft_ms,
+                asked.load, asked.repetition, self.plan.lead_s, since_s=0.0,
             )  # fmt: skip
-            yield asked, result, scenario
+            yield asked, scenario
 
 
 def _row(
@@ -145,15 +146,3 @@ def _row(
 def _attainment(results: tuple[RunResult, ...]) -> float | None:
     requests = sum(result.requests for result in results)
     return sum(result.good for result in results) / requests if requests else None
-
-
-def _steps(path: Path) -> list[Mapping[str, Any]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return [step for part in content.values() for step in part]
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}", param="calibration") from error
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UsageError(
-            f"{path}: holds no steps ({error}); measure with 'harli bench predictor'", param="calibration"
-        ) from error

@@ -16,9 +16,10 @@ FLOPs. Knows no clock and no schedule.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
-from harli_appliance.planner.device import StepWork
+from harli_appliance.planner.device import StepWork, UnitMix
 from harli_appliance.planner.gpus import (
     BANDWIDTH_EFFICIENCY,
     COMPUTE_EFFICIENCY,
@@ -41,6 +42,8 @@ often weights are read. The smallest window that stays below it is used, or the 
 ACTIVATION_BYTES = 100.0
 """Moved per training token and layer, in hidden sizes: the 34 hidden sizes of bytes that a layer keeps
 (Korthikanti et al. 2022, arXiv 2205.05198), written forward, and written and read again backward."""
+NOISE = 0.02
+"""Standard deviation of a step's time around its cost, as a share of it. An assumption."""
 UNCONTROLLED = Split("uncontrolled", 0.5, 0.5)
 """What two streams without partitions come to: neither has a right to more than the other. An assumption."""
 
@@ -88,6 +91,10 @@ class Roofline:
         return self._window
 
     @property
+    def units(self) -> UnitMix:
+        return UnitMix(self.layers, self.layers)
+
+    @property
     def fuses(self) -> bool:
         return True
 
@@ -123,6 +130,9 @@ class Roofline:
 
     def pace(self, at_s: float) -> float:
         return 1.0
+
+    def noise(self, random: Random) -> float:
+        return 1.0 + NOISE * random.gauss(0.0, 1.0)
 
     # -- serving -----------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from harli_appliance.bench.traces import Trace
 from harli_appliance.planner.device import Device
 from harli_appliance.planner.fleet import FleetRun, replay
 from harli_appliance.planner.requests import Limits
-from harli_appliance.planner.server import NOISE, SimulatedServer
+from harli_appliance.planner.server import SimulatedServer
 from harli_appliance.planner.teach import taught
 from harli_appliance.planner.training import SimulatedTraining
 from harli_appliance.scheduling.predictor import Predictor
@@ -43,6 +43,7 @@ class Scenario:
     """Attributes:
     lead_s: of the trace, in which nothing counts: policies learn in it.
     slo, load, repetition: as in `RunResult`.
+    since_s: time of the device's at which the run begins; some time of the day where none is given.
     """
 
     fleet: Fleet
@@ -54,6 +55,7 @@ class Scenario:
     load: int
     repetition: int
     lead_s: float = 0.0
+    since_s: float | None = None
 
 
 def run(scenario: Scenario) -> RunResult:
@@ -72,7 +74,7 @@ def _server(scenario: Scenario, seed: int) -> SimulatedServer:
     number = scenario.repetition * fleet.replicas + seed
     predictor, training = Predictor(), None
     if scenario.policy != SERVE_ONLY:
-        predictor = taught(device, chunk_tokens=fleet.limits.chunk_tokens, noise=NOISE, seed=number)
+        predictor = taught(device, chunk_tokens=fleet.limits.chunk_tokens, seed=number)
         training = SimulatedTraining(device, fleet.micro_batch_tokens)
     return SimulatedServer(
         device,
@@ -82,6 +84,7 @@ def _server(scenario: Scenario, seed: int) -> SimulatedServer:
         limits=fleet.limits,
         seed=number,
         decode_only=fleet.decode_only,
+        since_s=scenario.since_s,
     )
 
 

@@ -21,15 +21,12 @@ from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.scheduling.slo import RequestTiming, SloTracker
 from harli_appliance.scheduling.types import UNLIMITED, Decision, Outlook, Split
 
-NOISE = 0.02
-"""Standard deviation of a step's time around the device's cost, as a share of it. An assumption."""
 WATERMARK = 0.1
 """Share of the slots that training never leases, as in `memory.watermark`."""
 MIXED = 0.1
 """A step that waited for a unit for more than this share of it is neither solo nor co-run: nothing is
 learned."""
 A_DAY_S = 86_400.0
-"""Within which a run begins at some time of the device's."""
 MOMENT_S = 0.25
 """For so long a device's pace is taken to stay what it is, while nothing is served."""
 NOTHING = Outlook(ready=False)
@@ -41,6 +38,7 @@ class SimulatedServer:
     """Args:
     training: None for an appliance without a job, which then has nothing to learn for either.
     decode_only: prompts are read elsewhere: requests arrive with their first token and their K and V.
+    since_s: time of the device's at which the run begins; some time of the day where none is given.
     """
 
     def __init__(
@@ -53,6 +51,7 @@ class SimulatedServer:
         limits: Limits,
         seed: int,
         decode_only: bool = False,
+        since_s: float | None = None,
     ) -> None:
         self.now = 0.0
         self.ended: list[tuple[str, RequestTiming]] = []
@@ -66,7 +65,7 @@ class SimulatedServer:
         self._requests = SimulatedRequests(device.slots, limits)
         self._decode_only = decode_only
         self._random = random.Random(seed)
-        self._since_s = A_DAY_S * self._random.random()
+        self._since_s = since_s if since_s is not None else A_DAY_S * self._random.random()
         self._watermark = int(WATERMARK * device.slots)
         self._pace = 1.0
         self._beside: Split | None = None
@@ -141,7 +140,7 @@ class SimulatedServer:
         if self.training is not None and decision.units:
             rate = self._device.training_rate() / self._pace
             until = min(until, self.now + MOMENT_S, self.now + self.training.left / rate)
-            self.training.run(rate * (until - self.now))
+            self._train(self.training, rate * (until - self.now), rate)
             self._beside = WHOLE
         self.now = until
 
@@ -149,7 +148,7 @@ class SimulatedServer:
         training, device = self.training, self._device
         mode, split, step = decision.mode, decision.split, work.step
         delay = self._delay(split if mode == "partition" else None)
-        noise = self._pace * (1.0 + NOISE * self._random.gauss(0.0, 1.0))
+        noise = self._pace * device.noise(self._random)
         if mode == "partition":
             took = device.corun_ms(work, split) * noise
         elif mode == "fused":
@@ -184,7 +183,7 @@ class SimulatedServer:
             amount = training.amount_of(decision.units)
             self.now += max(0.0, amount / rate - seconds)
             seconds = amount / rate
-        training.run(amount)
+        self._train(training, amount, rate)
         self._scheduler.predictor.observe_training(amount, seconds, decision.split)
         self._beside = decision.split or WHOLE
 
@@ -199,11 +198,19 @@ class SimulatedServer:
     def _train_alone(self, training: SimulatedTraining, units: int) -> None:
         """A slice: on the whole device, after the step, to the end of its last unit."""
         amount = training.amount_of(units)
-        seconds = amount / self._device.training_rate() * self._pace
-        training.run(amount)
+        rate = self._device.training_rate() / self._pace
+        seconds = amount / rate
+        self._train(training, amount, rate)
         self.now += seconds
         if self._device.splits:  # elsewhere None stands for the one way of running beside serving
             self._scheduler.predictor.observe_training(amount, seconds)
+
+    def _train(self, training: SimulatedTraining, amount: float, rate: float) -> None:
+        training.run(amount)
+        if (
+            not self._device.splits
+        ):  # elsewhere policies want to know how long a unit takes on the whole device
+            training.went(amount, rate)
 
     def _delay(self, split: Split | None) -> float:
         """Milliseconds that a step waits for the unit under way on SMs that it wants now, on average half of

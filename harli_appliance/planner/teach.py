@@ -21,16 +21,13 @@ CONTEXTS = (64, 4096)
 FUSED = (32, 640)
 
 
-def taught(device: Device, *, chunk_tokens: int, noise: float, seed: int) -> Predictor:
+def taught(device: Device, *, chunk_tokens: int, seed: int) -> Predictor:
     """A predictor that was calibrated on `device`; the same arguments give the same one."""
     predictor, rng, now = Predictor(), random.Random(seed), 0.0
 
-    def seen(cost: float) -> float:
-        return cost * (1.0 + noise * rng.gauss(0.0, 1.0))
-
     def took(cost_ms: float) -> float:
         nonlocal now
-        ms = device.pace(now) * seen(cost_ms)
+        ms = device.pace(now) * device.noise(rng) * cost_ms
         now += ms / 1e3
         return ms
 
@@ -44,7 +41,7 @@ def taught(device: Device, *, chunk_tokens: int, noise: float, seed: int) -> Pre
         beside = split is not None or not device.splits
         rate = device.corun_training_rate(split) if beside else device.training_rate()
         for _ in range(RATES):
-            predictor.observe_training(seen(rate), 1.0, split)
+            predictor.observe_training(rate / device.noise(rng), 1.0, split)
     if device.fuses:
         for work in _steps(chunk_tokens, rng):
             tokens = rng.randrange(*FUSED)

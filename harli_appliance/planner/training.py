@@ -13,7 +13,8 @@ import math
 from harli_appliance.planner.device import Device
 from harli_appliance.scheduling.types import Outlook
 
-FORWARD_SHARE = 1.0 / 3.0
+UNIT_WEIGHT = 0.1
+"""Of the newest unit in the average time of its kind, as in the trainer."""
 
 
 class SimulatedTraining:
@@ -21,7 +22,7 @@ class SimulatedTraining:
 
     def __init__(self, device: Device, tokens: int) -> None:
         windows = -(-tokens // device.window_tokens)
-        rate = device.training_rate()
+        rate, mix = device.training_rate(), device.units
         self.slots = device.lease_slots(tokens)
         """That a micro-batch leases."""
         self.trained = 0.0
@@ -33,16 +34,18 @@ class SimulatedTraining:
         self.leased = False
         self._ends = False
         self._tokens = float(tokens)
-        self._units = 2 * device.layers * windows
-        self._forward = tokens * FORWARD_SHARE
+        self._units = round(mix.forward + mix.backward) * windows
+        self._forward_share = mix.forward_share
+        self._forward = tokens * mix.forward_share
         self._window = device.window_tokens
         self._fuses = device.fuses
         self._at = 0.0
-        half = device.layers * windows
-        self._forward_unit = self._forward / half
-        self._backward_unit = (tokens - self._forward) / half
-        self.unit_ms = 1e3 * self._backward_unit / rate
-        """A backward unit on the whole device, the slowest kind."""
+        self._forward_unit = self._forward / (mix.forward * windows)
+        self._backward_unit = (tokens - self._forward) / (mix.backward * windows)
+        self._slowest = mix.slowest * tokens / self._units
+        self.unit_ms = 1e3 * self._slowest / rate
+        """A unit of the slowest kind: on the whole device, or where there is only one way to divide it, as it went
+        lately."""
 
     def outlook(self) -> Outlook:
         if not self.leased:
@@ -55,10 +58,16 @@ class SimulatedTraining:
         """Tokens whose forward pass could join a serving step now."""
         if not self.leased:
             return 0
-        return max(0, int((self._forward - self._at) / FORWARD_SHARE + 1e-9))
+        return max(0, int((self._forward - self._at) / self._forward_share + 1e-9))
 
     def _units_left(self) -> int:
         return max(1, round(self._units * (1.0 - self._at / self._tokens)))
+
+    def went(self, amount: float, tokens_per_s: float) -> None:
+        """Units were measured, as the trainer measures them: `amount` token equivalents, at that speed."""
+        backward = 0.5 * self._units * amount / self._tokens
+        unit_ms = 1e3 * self._slowest / tokens_per_s
+        self.unit_ms += (1.0 - (1.0 - UNIT_WEIGHT) ** backward) * (unit_ms - self.unit_ms)
 
     # -- progress ----------------------------------------------------------------------------------------
 
@@ -79,7 +88,7 @@ class SimulatedTraining:
 
     def forward(self, tokens: int) -> None:
         """The forward pass of `tokens` tokens, at most `forward_tokens_left`."""
-        self.run(tokens * FORWARD_SHARE)
+        self.run(tokens * self._forward_share)
 
     def amount_of(self, units: int) -> float:
         """Token equivalents of the next `units` units, at most those of this micro-batch and of the next."""
@@ -112,4 +121,4 @@ class SimulatedTraining:
         self.leased = self._ends = False
 
     def _credit(self) -> float:
-        return max(0.0, self._at - self._forward) / (1.0 - FORWARD_SHARE)
+        return max(0.0, self._at - self._forward) / (1.0 - self._forward_share)

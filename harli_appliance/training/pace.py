@@ -7,6 +7,7 @@ which forward, loss and backward have their true shares. Knows numbers and place
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from harli_appliance.scheduling.types import Split
 
 FORWARD, BACKWARD = 1 / 3, 2 / 3
 """Shares of a token's work."""
+UNIT_WEIGHT = 0.1
+"""Of the newest unit in the average of its kind."""
 
 Told = Callable[[float, float, Split | None], None]
 """Gets tokens, the seconds that they took, and the place."""
@@ -23,6 +26,21 @@ Told = Callable[[float, float, Split | None], None]
 class _Done:
     tokens: float = 0.0
     seconds: float = 0.0
+
+
+@dataclass(slots=True)
+class UnitTimes:
+    """What units of one kind took, in milliseconds of the whole device: on a share of it, that share counts."""
+
+    count: int = 0
+    total_ms: float = 0.0
+    recent_ms: float = math.nan
+
+    def add(self, took_ms: float) -> None:
+        self.count += 1
+        self.total_ms += took_ms
+        before = took_ms if math.isnan(self.recent_ms) else self.recent_ms
+        self.recent_ms = before + UNIT_WEIGHT * (took_ms - before)
 
 
 class Pace:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from harli_appliance.scheduling.types import Outlook, Split
 from harli_appliance.training.active_job import ActiveJob, RunningJob, Spent, Unfinished
 from harli_appliance.training.fairness import Order, RecentShares
 from harli_appliance.training.job_run import JobRun
-from harli_appliance.training.pace import Pace, Told
+from harli_appliance.training.pace import Pace, Told, UnitTimes
 from harli_appliance.training.residence import Residence, UnitLane
 from harli_appliance.training.spared import Spared
 from harli_appliance.training.swap import SwapPredictor
@@ -117,7 +118,8 @@ class Trainer:
         self._ready = False
         self._changed = asyncio.Event()
         self._spent: asyncio.Future[None] | None = None
-        self._unit_ms: dict[str, float] = {}
+        self.unit_times: defaultdict[str, UnitTimes] = defaultdict(UnitTimes)
+        """Of units of the usual size, by kind."""
         self._tokens = 0.0
         self._dropped = 0
         self._swapped = 0
@@ -135,7 +137,7 @@ class Trainer:
 
     def outlook(self) -> Outlook:
         """Whether a unit could run now, and the duration of the slowest kind seen (recent average)."""
-        slowest = max(self._unit_ms.values(), default=math.nan)
+        slowest = max((times.recent_ms for times in self.unit_times.values()), default=math.nan)
         return Outlook(
             self._ready, slowest, micro_batch_units=self._units_left, fusible_tokens=self._fusible_tokens
         )
@@ -400,7 +402,9 @@ class Trainer:
         doing it again: with the step's others, once its gradients are among theirs."""
         run, batch, size = active.run, begun.batch, begun.batch.swap_bytes
         again = begun.spent + active.spent if batch.has_added else begun.spent
-        slowest = max((took for kind, took in self._unit_ms.items() if kind != "step"), default=0.0)
+        slowest = max(
+            (times.recent_ms for kind, times in self.unit_times.items() if kind != "step"), default=0.0
+        )
         if not self._swapping.swaps(size, spent_ms=again.took_ms, unit_ms=slowest):
             self._dropped += 1
             index = await self._at_home(active, partial(run.drop, active.index, batch))
@@ -489,13 +493,12 @@ class Trainer:
         """Run a unit; milliseconds that it took."""
         self._allowance -= 1
         await self._move_to(self._lane)
-        started = time.perf_counter()
+        started, place = time.perf_counter(), self._place
         async with active.residence.in_use:
             await self._ran_on.run(unit.run)
         took = 1e3 * (time.perf_counter() - started)
         if self._window is None:
-            before = self._unit_ms.get(unit.kind, took)
-            self._unit_ms[unit.kind] = before + 0.1 * (took - before)
+            self.unit_times[unit.kind].add(took * (place.training if place is not None else 1.0))
         self._turn_ms += took
         self._shares.add(active.job.id, took)
         self._tokens += unit.credit
