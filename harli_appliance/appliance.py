@@ -48,7 +48,7 @@ from harli_appliance.models.architectures import (
     served_context,
 )
 from harli_appliance.models.catalog import config_of, resolve_model
-from harli_appliance.models.size import BFLOAT16, FLOAT32, refuse_too_large
+from harli_appliance.models.size import BFLOAT16, FLOAT32, model_size, refuse_too_large, suitable_slots
 from harli_appliance.runtime.architectures import refuse_unservable
 from harli_appliance.runtime.protocol import Runtime
 from harli_appliance.runtime.text import TextCodec
@@ -101,6 +101,7 @@ class Appliance:
         codec: TextCodec,
         partition: Partition,
         context: int | None,
+        pool_slots: int,
         gpu: Gpu | None,
     ) -> None:
         self._settings = settings
@@ -111,6 +112,7 @@ class Appliance:
         self._codec = codec
         self._partition = partition
         self._context = context
+        self._pool_slots = pool_slots
         self._finetuning_obstacle = finetuning_obstacle(config_of(folder))
         self._name = settings.model.served_name or folder.name
         self._state: Literal["starting", "ready", "stopping"] = "starting"
@@ -174,7 +176,10 @@ class Appliance:
             free, where = (
                 (gpu.free_bytes, gpu.name) if gpu else (psutil.virtual_memory().available, "this machine")
             )
-            refuse_too_large(folder, settings.memory.pool_slots, BFLOAT16 if gpu else FLOAT32, free, where)
+            slots = settings.memory.pool_slots or suitable_slots(
+                model_size(folder), free, gpu=gpu is not None
+            )
+            refuse_too_large(folder, slots, BFLOAT16 if gpu else FLOAT32, free, where)
             context = served_context(config, settings.model.context_length)
             if architecture(config) not in FINETUNABLE:
                 await asyncio.to_thread(refuse_unservable, architecture(config))
@@ -184,7 +189,7 @@ class Appliance:
             undo.push_async_callback(database.close)
             usage = await UsageLog.open(settings.home)
             undo.push_async_callback(usage.close)
-            appliance = cls(settings, lock, database, usage, folder, codec, partition, context, gpu)
+            appliance = cls(settings, lock, database, usage, folder, codec, partition, context, slots, gpu)
             undo.pop_all()
             return appliance
 
@@ -209,7 +214,7 @@ class Appliance:
         options = RuntimeOptions(
             model=self._folder,
             device="cpu" if self._gpu is None else "cuda",
-            pool_slots=settings.memory.pool_slots,
+            pool_slots=self._pool_slots,
             context_length=self._context,
             max_running_requests=settings.model.max_running_requests,
             chunked_prefill_tokens=settings.model.chunked_prefill_tokens,
@@ -345,7 +350,7 @@ class Appliance:
             on_progress=note,
         )
         running = settings.model.max_running_requests
-        await calibration.run(rounds(settings.memory.pool_slots, self._runtime.context_length, running))
+        await calibration.run(rounds(self._pool_slots, self._runtime.context_length, running))
         await self._save_predictor()
         self._calibrated = None
 

@@ -105,8 +105,11 @@ class SchedulingSettings(Section):
 
 
 class MemorySettings(Section):
-    pool_slots: int = Field(
-        16_384, ge=256, description="KV-cache slots (tokens) that serving and training share."
+    pool_slots: int | None = Field(
+        None,
+        ge=256,
+        description="KV-cache slots (tokens) that serving and training share; when not set 16,384, on a GPU as "
+        "many as 80% of its free memory hold beside the weights.",
     )
     watermark: float = Field(0.1, ge=0.0, lt=1.0, description="Share of the pool that training never leases.")
     keep_cached: float = Field(

@@ -137,6 +137,7 @@ _EXAMPLES = {
     "attention": '"triton"',
     "window_tokens": "256",
     "sequence_tokens": "1024",
+    "pool_slots": "65536",
 }
 """What a setting may look like whose default is none, or depends on the machine."""
 

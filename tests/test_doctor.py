@@ -23,7 +23,7 @@ from harli_appliance.device.choose import choose_gpu, torch_cuda
 from harli_appliance.device.driver import Sms
 from harli_appliance.device.gpu import Gpu, find_gpu, partition_obstacle, serving_obstacle
 from harli_appliance.errors import ConfigError, HarliError, PartitionsUnavailable
-from harli_appliance.models.size import ModelSize, model_size, refuse_too_large
+from harli_appliance.models.size import ModelSize, model_size, refuse_too_large, suitable_slots
 from tests.fake_nvml import FakeNvml
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", "580.65.06", (13, 0), (9, 0), 80 << 30, 79 << 30)
@@ -204,6 +204,15 @@ def test_bytes_and_slots_agree() -> None:
     fitting = LLAMA_8B.slots_in(40 << 30, 2)
     assert LLAMA_8B.bytes(fitting, 2) <= 40 << 30 < LLAMA_8B.bytes(fitting + 1, 2)
     assert LLAMA_8B.slots_in(10 << 30, 2) == 0
+
+
+def test_a_gpu_s_memory_is_used_where_no_slots_are_set() -> None:
+    assert suitable_slots(LLAMA_8B, 79 << 30, gpu=False) == 16_384
+    assert suitable_slots(None, 79 << 30, gpu=True) == 16_384
+    slots = suitable_slots(LLAMA_8B, 79 << 30, gpu=True)
+    assert LLAMA_8B.bytes(slots, 2) == pytest.approx(0.8 * (79 << 30), rel=1e-4)
+    assert suitable_slots(LLAMA_8B, 10 << 30, gpu=True) == 256, "too few to fit, which is refused then"
+    assert suitable_slots(ModelSize(10_000, 64), 79 << 30, gpu=True) == 1 << 20
 
 
 def test_memory_levels_and_advice() -> None:

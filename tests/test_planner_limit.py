@@ -10,8 +10,11 @@ import pytest
 
 from harli_appliance.bench.traces import Trace, TraceRequest
 from harli_appliance.planner.demand import demand_of, latest_steps
-from harli_appliance.planner.device import StepWork
-from harli_appliance.planner.limit import physical_limit
+from harli_appliance.planner.device import StepWork, decode_work
+from harli_appliance.planner.gpus import find_gpu
+from harli_appliance.planner.limit import physical_limit, tangents
+from harli_appliance.planner.roofline import Roofline
+from harli_appliance.planner.shapes import model_shape
 
 
 def test_the_fewest_steps_with_which_nobody_falls_behind() -> None:
@@ -66,6 +69,21 @@ def test_the_limit_is_what_can_be_worked_out_by_hand() -> None:
     assert physical_limit(ByHand(), nobody, 20.0, decode_only=True).share == 1.0  # type: ignore[arg-type]
     both = physical_limit(ByHand(), one, 20.0, appliances=2, decode_only=True)  # type: ignore[arg-type]
     assert both.share == pytest.approx(1.5 / (1 - (1 / 3 - 0.1)) / 2, rel=1e-3), "2,000 ms in each second"
+
+
+def test_tangents_are_below_the_cost_and_close_to_it() -> None:
+    device, rng = Roofline(find_gpu("a100-80"), model_shape("qwen/qwen2.5-7b")), random.Random(2)
+    split = device.splits[2]
+    alone = tangents(device.fused_ms, 1300, range(0, 1025, 32))
+    beside = tangents(lambda work, _: device.corun_ms(work, split), 1300, (0,))
+    for _ in range(500):
+        batch, tokens = rng.randint(1, 400), rng.randint(0, 1000)
+        work = decode_work(batch, round(batch * rng.uniform(500, 3000)))
+        for planes, cost, point in (
+            (alone, device.fused_ms(work, tokens), (1, batch, work.pairs, tokens)),
+            (beside, device.corun_ms(work, split), (1, batch, work.pairs, 0)),
+        ):
+            assert 0.97 * cost < max(planes @ point) <= cost * (1 + 1e-6), point
 
 
 def test_what_requests_need_adds_up() -> None:

@@ -25,7 +25,15 @@ from harli_appliance.device.gpu import (
 from harli_appliance.device.sizes import split_sizes
 from harli_appliance.errors import ConfigError, HarliError
 from harli_appliance.models.catalog import CATALOG, resolve_model
-from harli_appliance.models.size import BFLOAT16, COMFORTABLE, FLOAT32, GIB, ModelSize, model_size
+from harli_appliance.models.size import (
+    BFLOAT16,
+    COMFORTABLE,
+    FLOAT32,
+    GIB,
+    ModelSize,
+    model_size,
+    suitable_slots,
+)
 
 REINSTALL = "remove .venv and run 'make setup' again"
 KERNELS = (
@@ -113,10 +121,11 @@ def check_model_memory(settings: Settings, gpu: Gpu | None) -> Check:
         return Check(
             "model", "ok", f"{name}: its weights are not safetensors files, so their size is not known"
         )
+    free = gpu.free_bytes if gpu is not None else psutil.virtual_memory().available
+    slots = settings.memory.pool_slots or suitable_slots(size, free, gpu=gpu is not None)
     if gpu is not None:
-        return judge_memory(name, size, settings.memory.pool_slots, BFLOAT16, gpu.free_bytes, gpu.name)
-    free = psutil.virtual_memory().available
-    return judge_memory(name, size, settings.memory.pool_slots, FLOAT32, free, "this machine")
+        return judge_memory(name, size, slots, BFLOAT16, free, gpu.name)
+    return judge_memory(name, size, slots, FLOAT32, free, "this machine")
 
 
 def judge_memory(name: str, size: ModelSize, slots: int, itemsize: int, free: int, where: str) -> Check:

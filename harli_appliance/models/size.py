@@ -21,6 +21,10 @@ COMFORTABLE = 0.8
 """Of the free memory: beyond it, what training and SGLang need besides weights and cache may not fit."""
 LEAST_SLOTS = 256
 """The least value of memory.pool_slots."""
+USUAL_SLOTS = 16_384
+"""Where memory.pool_slots is not set, on a CPU."""
+MOST_SLOTS = 1 << 20
+"""That are taken on a GPU where it is not set."""
 HEADER_LIMIT = 100_000_000
 """No safetensors header is longer (the format's own limit)."""
 
@@ -63,6 +67,18 @@ def model_size(folder: Path) -> ModelSize | None:
     if not files:
         return None
     return ModelSize(sum(_parameters(file) for file in files), _kv_per_slot(config_of(folder), folder))
+
+
+def suitable_slots(size: ModelSize | None, free: int, *, gpu: bool) -> int:
+    """Slots of a KV cache where none are set: a GPU's memory is there to be used, a machine's is not.
+
+    Args:
+        size: None where it is not known.
+        free: bytes of the device's memory.
+    """
+    if not gpu or size is None:
+        return USUAL_SLOTS
+    return min(MOST_SLOTS, max(LEAST_SLOTS, size.slots_in(int(COMFORTABLE * free), BFLOAT16)))
 
 
 def refuse_too_large(folder: Path, slots: int, itemsize: int, free: int, where: str) -> None:

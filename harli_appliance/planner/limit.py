@@ -115,10 +115,10 @@ def _choices(device: Roofline, rows_per_request: float) -> list[_Choice]:
 
     rate = device.training_rate()
     return [
-        _Choice(_tangents(device.fused_ms, rows_per_request, FUSED), 1.0),
+        _Choice(tangents(device.fused_ms, rows_per_request, FUSED), 1.0),
         *(
             _Choice(
-                _tangents(beside(split), rows_per_request, (0,)),
+                tangents(beside(split), rows_per_request, (0,)),
                 1.0 - device.corun_training_rate(split) / rate,
             )
             for split in device.splits
@@ -126,8 +126,12 @@ def _choices(device: Roofline, rows_per_request: float) -> list[_Choice]:
     ]
 
 
-def _tangents(cost: Cost, rows_per_request: float, fused: Sequence[int]) -> Array:
-    """Planes below a cost that is convex in requests, rows and training tokens."""
+def tangents(cost: Cost, rows_per_request: float, fused: Sequence[int]) -> Array:
+    """Planes below a cost that is convex in requests, rows and training tokens.
+
+    Returns:
+        (planes, 4): milliseconds, and more for each request, row and training token.
+    """
     found = []
     for batch, context, tokens in itertools.product(BATCHES, CONTEXTS, fused):
         rows = round(batch * context * rows_per_request)
@@ -193,4 +197,6 @@ def _best(device: Roofline, demand: Demand, seconds: float, appliances: int, lef
         A_ub=sparse.hstack([matrix, share]),
         b_ub=np.concatenate([np.broadcast_to(bound, part.shape[0]) for part, bound in at_most]),
     )
-    return max(0.0, float(found.x[-1])) if found.success else 0.0
+    if not found.success:  # it never lacks an answer: serving may always overrun
+        raise RuntimeError(f"the physical limit was not found: {found.message}")
+    return max(0.0, float(found.x[-1]))

@@ -16,8 +16,9 @@ import numpy as np
 from harli_appliance.bench.compare_plan import ComparePlan, Run, stretch
 from harli_appliance.bench.compare_store import Basis, CompareStore, RunFile
 from harli_appliance.bench.comparison import RunResult
-from harli_appliance.config import MemorySettings, ModelSettings, TrainingSettings
+from harli_appliance.config import ModelSettings, TrainingSettings
 from harli_appliance.errors import UsageError
+from harli_appliance.models.size import USUAL_SLOTS
 from harli_appliance.planner.calibrated import Calibrated
 from harli_appliance.planner.measured_steps import MeasuredSteps, fit, read_steps
 from harli_appliance.planner.paces import TrainingRates, paces_and_noise, paces_of, rates_of
@@ -64,13 +65,13 @@ class Measured:
         found, units = read_steps(steps, shape.layers)
         learned = fit(found)
         paces, noises = paces_and_noise(found, learned)
-        model, memory, training = ModelSettings(), MemorySettings(), TrainingSettings()
+        model, training = ModelSettings(), TrainingSettings()
         device = Calibrated(
             name="the measured machine",
             model=shape,
             steps=learned,
             rates=self._rates(learned),
-            slots=memory.pool_slots,
+            slots=USUAL_SLOTS,
             window_tokens=training.sizes(gpu=False).window_tokens,
             units=units,
             paces=paces,
