@@ -20,9 +20,9 @@ from harli_appliance.errors import UsageError
 from harli_appliance.planner.calibrated import Calibrated
 from harli_appliance.planner.device import UnitMix, decode_work
 from harli_appliance.planner.measured import Measured
-from harli_appliance.planner.measured_steps import StepTime, fit, read_steps, unit_mix
+from harli_appliance.planner.measured_steps import StepTime, fit, known_tokens, read_steps, unit_mix
 from harli_appliance.planner.paces import Paces, TrainingRates, paces_and_noise, paces_of, rates_of
-from harli_appliance.planner.requests import Limits
+from harli_appliance.planner.requests import Limits, SimulatedRequests
 from harli_appliance.planner.scenario import Fleet, Scenario, run
 from harli_appliance.planner.shapes import model_shape
 from harli_appliance.planner.training import SimulatedTraining
@@ -44,7 +44,9 @@ UNITS = {
     "backward": {"count": 60, "mean_ms": 20.0},
     "step": {"count": 1, "mean_ms": 5.0},
 }
-MIX = UnitMix(forward=30, backward=34, forward_share=600 / 2120, slowest=40 / (2120 / 128))
+MIX = UnitMix(
+    forward=30, backward=34, forward_share=600 / 2120, slowest=40 / (2120 / 128), slow_share=8 / 128
+)
 
 
 def two_cores(paces: Paces = Paces()) -> Fleet:  # noqa: B008
@@ -89,11 +91,30 @@ def test_a_window_goes_through_the_units_that_were_counted(tmp_path: Path) -> No
     assert training.outlook().micro_batch_units == 2 * 64
     assert training.amount_of(60) == pytest.approx(256 * MIX.forward_share)
     assert training.amount_of(128) == pytest.approx(256)
-    assert training.unit_ms == pytest.approx(1e3 * MIX.slowest * (128 / 64) / 60)
-    training.went(2560.0, 30.0)
+    assert training.unit_ms == pytest.approx(1e3 * MIX.slowest * (128 / 64) / 50), "beside requests at first"
+    training.went(12_800.0, 30.0)
     assert training.unit_ms == pytest.approx(1e3 * MIX.slowest * (128 / 64) / 30, rel=0.01), (
         "as it went lately"
     )
+
+
+def test_the_beginning_that_prompts_share_is_not_read_again() -> None:
+    def prompt(tokens: int, known: int, batch: int = 1) -> StepTime:
+        return StepTime(Step("prefill", batch, tokens + known, tokens), 50.0, corun=False)
+
+    assert (
+        known_tokens([prompt(9, 25), prompt(30, 25), prompt(9, 153), prompt(9, 26), prompt(9, 0, batch=2)])
+        == 26
+    )
+    assert known_tokens(STEPS[:1]) == 0
+    requests = SimulatedRequests(1000, Limits(chunk_tokens=64, running=4, known_tokens=25))
+    for name, tokens in (("long", 100), ("short", 20)):
+        assert requests.submit(name, TraceRequest(0.0, tokens, 3))
+    steps = []
+    while (work := requests.plan(lambda _: True)) is not None and work.step.kind == "prefill":
+        steps.append((work.step.prefill_tokens, work.step.context_tokens))
+        requests.complete()
+    assert steps == [(64, 89), (11 + 1, 100 + 20)], "of the short one its last token, to answer from"
 
 
 def test_a_file_that_is_no_calibration_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -166,6 +187,10 @@ def test_a_run_s_own_steps_tell_how_fast_the_machine_was() -> None:
     # 5 tokens in 250 ms at half the speed are as many as 10: 40 a second.
     assert (rates.alone, rates.beside) == pytest.approx((40.0, 40.0), rel=0.05)
     assert rates_of([(run_file(seen[:60]), found)]) is None, "none without requests"
+    turns = run_file(moments(*[("partition", 0.5, 4, 80.0, 1), ("pause", 0.5, 4, 64.0, 1)] * 20))
+    assert rates_of([(run_, found), (turns, Paces())]) == rates, (
+        "what changes from step to step tells nothing"
+    )
 
 
 def test_the_pace_of_a_shared_machine_is_replayed() -> None:

@@ -48,12 +48,14 @@ class UnitMix:
         backward: how many follow: loss, what is computed again, and gradients.
         forward_share: of the work.
         slowest: times as long as a mean unit is one of the slowest kind.
+        slow_share: of the units that are of that kind.
     """
 
     forward: float
     backward: float
     forward_share: float = FORWARD_SHARE
     slowest: float = 2.0 * (1.0 - FORWARD_SHARE)
+    slow_share: float = 0.5
 
 
 class Device(Protocol):

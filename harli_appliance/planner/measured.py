@@ -20,7 +20,7 @@ from harli_appliance.config import ModelSettings, TrainingSettings
 from harli_appliance.errors import UsageError
 from harli_appliance.models.size import USUAL_SLOTS
 from harli_appliance.planner.calibrated import Calibrated
-from harli_appliance.planner.measured_steps import MeasuredSteps, fit, read_steps
+from harli_appliance.planner.measured_steps import MeasuredSteps, fit, known_tokens, read_steps
 from harli_appliance.planner.paces import TrainingRates, paces_and_noise, paces_of, rates_of
 from harli_appliance.planner.requests import Limits
 from harli_appliance.planner.scenario import Fleet, Scenario, run
@@ -77,7 +77,7 @@ class Measured:
             paces=paces,
             noises=noises,
         )
-        limits = Limits(model.chunked_prefill_tokens, model.max_running_requests)
+        limits = Limits(model.chunked_prefill_tokens, model.max_running_requests, known_tokens(found))
         return Fleet(device, limits=limits, micro_batch_tokens=self.plan.sequence_tokens)
 
     def _rates(self, steps: MeasuredSteps) -> TrainingRates:

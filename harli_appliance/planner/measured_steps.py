@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -93,11 +94,21 @@ def unit_mix(units: Mapping[str, Mapping[str, float]], layers: int) -> UnitMix:
     windows = kinds["forward"]["count"] / layers
     units_ms = sum(found["count"] * found["mean_ms"] for found in kinds.values())
     count = sum(found["count"] for found in kinds.values())
+    slowest = max(kinds.values(), key=lambda found: found["mean_ms"])
     return UnitMix(
         forward=layers,
         backward=count / windows - layers,
         forward_share=kinds["forward"]["count"] * kinds["forward"]["mean_ms"] / units_ms,
-        slowest=max(found["mean_ms"] for found in units.values()) / (units_ms / count),
+        slowest=slowest["mean_ms"] / (units_ms / count),
+        slow_share=slowest["count"] / count,
+    )
+
+
+def known_tokens(found: Sequence[StepTime]) -> int:
+    """Of a prompt that is read on its own, how many the prefix cache had as a rule."""
+    alone = [one.step for one in found if one.step.kind == "prefill" and one.step.batch == 1]
+    return (
+        round(statistics.median(step.context_tokens - step.prefill_tokens for step in alone)) if alone else 0
     )
 
 

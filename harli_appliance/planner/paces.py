@@ -23,6 +23,8 @@ REACH_S = 2.0
 SERVING = frozenset({"partition", "pause", "time_slice", "fused"})
 ENOUGH_S = 3.0
 """Of one kind of training in a run, for its speed to be told from it."""
+LASTING = 4
+"""Moments in a row, a second, in which that was so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +92,13 @@ def rates_of(runs: Iterable[tuple[RunFile, Paces]]) -> TrainingRates | None:
 
 
 def _rate(run: RunFile, paces: Paces, mode: str) -> float | None:
-    """Tokens per second, of moments that began and ended in `mode`."""
+    """Tokens per second in `mode`, where it lasted: what is seen now and then may change from step to step."""
     tokens = seconds = 0.0
-    for before, moment in itertools.pairwise(run.moments):
-        if before.mode == moment.mode == mode:
-            tokens += moment.training_tokens * paces.at(moment.at_s)
-            seconds += moment.at_s - before.at_s
+    for _, stretch in itertools.groupby(run.moments, lambda moment: moment.mode == mode):
+        moments = [*stretch]
+        if moments[0].mode == mode and len(moments) > LASTING:
+            tokens += sum(moment.training_tokens * paces.at(moment.at_s) for moment in moments[1:])
+            seconds += moments[-1].at_s - moments[0].at_s
     return tokens / seconds if seconds >= ENOUGH_S else None
 
 

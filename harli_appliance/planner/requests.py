@@ -25,10 +25,12 @@ class Limits:
     Attributes:
         chunk_tokens: prompt tokens of a step at most.
         running: requests decoded together at most.
+        known_tokens: at the beginning of every prompt that the prefix cache holds: what a chat template adds, say.
     """
 
     chunk_tokens: int = 2048
     running: int = 256
+    known_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ class SimulatedRequests:
             return None
         self.reserved += slots
         name, request = self._waiting.popleft()
-        return name, request, 0
+        return name, request, min(self._limits.known_tokens, request.prompt_tokens - 1)
 
     def _start(self, part: _Part) -> list[str]:
         """A prompt is read, and its first token is there; its name when that was all."""

@@ -43,9 +43,10 @@ class SimulatedTraining:
         self._forward_unit = self._forward / (mix.forward * windows)
         self._backward_unit = (tokens - self._forward) / (mix.backward * windows)
         self._slowest = mix.slowest * tokens / self._units
-        self.unit_ms = 1e3 * self._slowest / rate
+        self._slow_share = mix.slow_share
+        self.unit_ms = 1e3 * self._slowest / (rate if device.splits else device.corun_training_rate(None))
         """A unit of the slowest kind: on the whole device, or where there is only one way to divide it, as it went
-        lately."""
+        lately, which is beside requests at first."""
 
     def outlook(self) -> Outlook:
         if not self.leased:
@@ -65,9 +66,9 @@ class SimulatedTraining:
 
     def went(self, amount: float, tokens_per_s: float) -> None:
         """Units were measured, as the trainer measures them: `amount` token equivalents, at that speed."""
-        backward = 0.5 * self._units * amount / self._tokens
+        slow = self._slow_share * self._units * amount / self._tokens
         unit_ms = 1e3 * self._slowest / tokens_per_s
-        self.unit_ms += (1.0 - (1.0 - UNIT_WEIGHT) ** backward) * (unit_ms - self.unit_ms)
+        self.unit_ms += (1.0 - (1.0 - UNIT_WEIGHT) ** slow) * (unit_ms - self.unit_ms)
 
     # -- progress ----------------------------------------------------------------------------------------
 
