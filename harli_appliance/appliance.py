@@ -129,6 +129,7 @@ class Appliance:
         self._gpu = gpu
         self._cuda = cuda_lanes(gpu) if gpu is not None else None
         self._sizes = settings.training.sizes(gpu=gpu is not None)
+        self._limits = settings.model.limits(gpu=gpu is not None)
         policy = settings.scheduling.policy
         if self._cuda is not None:
             self._inference = Lane("inference", around=self._cuda.inference.around)
@@ -216,8 +217,8 @@ class Appliance:
             device="cpu" if self._gpu is None else "cuda",
             pool_slots=self._pool_slots,
             context_length=self._context,
-            max_running_requests=settings.model.max_running_requests,
-            chunked_prefill_tokens=settings.model.chunked_prefill_tokens,
+            max_running_requests=self._limits.max_running_requests,
+            chunked_prefill_tokens=self._limits.chunked_prefill_tokens,
             max_lora_rank=settings.training.max_lora_rank,
             max_adapters=settings.training.max_adapters,
             lora=self._finetunes,
@@ -335,7 +336,6 @@ class Appliance:
             on_progress(share)
 
         note(0.0)
-        settings = self._settings
         exercise = Exercise(self._backbone, self._sizes.window_tokens) if self._finetunes else None
         calibration = Calibration(
             self._runtime,
@@ -349,7 +349,7 @@ class Appliance:
             arrange=self._cuda.arrange if self._cuda is not None else lambda _: None,
             on_progress=note,
         )
-        running = settings.model.max_running_requests
+        running = self._limits.max_running_requests
         await calibration.run(rounds(self._pool_slots, self._runtime.context_length, running))
         await self._save_predictor()
         self._calibrated = None

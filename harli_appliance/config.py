@@ -42,6 +42,19 @@ class ServerSettings(Section):
     max_upload_mib: int = Field(512, ge=1, description="Largest file that can be uploaded, in MiB.")
 
 
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """Of a serving step: prompt tokens, and requests that are decoded together."""
+
+    chunked_prefill_tokens: int
+    max_running_requests: int
+
+
+CPU_LIMITS = StepLimits(128, 32)
+GPU_LIMITS = StepLimits(2048, 256)
+"""A step reads the weights whatever it computes; with 128 tokens a GPU would wait for memory all the time."""
+
+
 class ModelSettings(Section):
     path: str = Field(
         "smollm2-135m-instruct",
@@ -54,10 +67,27 @@ class ModelSettings(Section):
         description="Longest prompt plus answer in tokens; when not set the model's own, "
         "or its attention window if SGLang does not apply that.",
     )
-    chunked_prefill_tokens: int = Field(
-        128, ge=16, description="A prompt is processed at most this many tokens a step."
+    chunked_prefill_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="A prompt is processed at most this many tokens a step. "
+        f"{CPU_LIMITS.chunked_prefill_tokens} on a CPU and {GPU_LIMITS.chunked_prefill_tokens} on a GPU when "
+        "not set.",
     )
-    max_running_requests: int = Field(32, ge=1, description="Requests decoded together at most.")
+    max_running_requests: int | None = Field(
+        None,
+        ge=1,
+        description="Requests decoded together at most. "
+        f"{CPU_LIMITS.max_running_requests} on a CPU and {GPU_LIMITS.max_running_requests} on a GPU when not set.",
+    )
+
+    def limits(self, *, gpu: bool) -> StepLimits:
+        """What is set, and for the rest what suits the device."""
+        usual = GPU_LIMITS if gpu else CPU_LIMITS
+        return StepLimits(
+            self.chunked_prefill_tokens or usual.chunked_prefill_tokens,
+            self.max_running_requests or usual.max_running_requests,
+        )
 
 
 _KEYS = "API keys whose requests are of this class when they do not name one; they open the API too."

@@ -138,6 +138,8 @@ _EXAMPLES = {
     "window_tokens": "256",
     "sequence_tokens": "1024",
     "pool_slots": "65536",
+    "chunked_prefill_tokens": "512",
+    "max_running_requests": "64",
 }
 """What a setting may look like whose default is none, or depends on the machine."""
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from harli_appliance.engine.calibration import BATCHES, DECODES, Calibration, Round, rounds
+from harli_appliance.engine.calibration import DECODES, Calibration, Round, rounds
 from harli_appliance.engine.lanes import Lane
 from harli_appliance.runtime.protocol import NewTokens, StepOutcome, StepPlan, Submission
 from harli_appliance.runtime.weights import shared_model
@@ -73,7 +73,7 @@ async def test_the_predictor_knows_steps_alone_and_beside_training(lanes: tuple[
         on_progress=told.append,
     )
     sweep = rounds(slots=16_384, context=2048, most_running=32)
-    assert [len(part.prompts) for part in sweep] == list(BATCHES)
+    assert [len(part.prompts) for part in sweep] == [1, 2, 4, 8, 16]
     await calibration.run(sweep)
     assert runtime.plan() is None, "every made-up request has ended"
     for step, expected in ((Step("decode", 6, 300), 22.0), (Step("prefill", 1, 90, 90), 95.0)):
@@ -136,6 +136,8 @@ async def test_every_split_is_measured_and_the_whole_device_only_alone(lanes: tu
         (16_384, 2048, 4, [1, 2, 4]),
         (128, 2048, 32, [1]),
         (16_384, 64, 2, [1, 2]),
+        (16_384, 2048, 64, [1, 2, 4, 8, 16, 32]),
+        (400_000, 8192, 256, [1, 2, 4, 8, 16, 32, 64, 128]),
     ],
 )
 def test_the_sweep_fits_pool_context_and_batch(

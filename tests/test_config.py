@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from harli_appliance.config import Settings, Sizes, TrainingSettings, load_settings, setting_names
+from harli_appliance.config import (
+    ModelSettings,
+    Settings,
+    Sizes,
+    StepLimits,
+    TrainingSettings,
+    load_settings,
+    setting_names,
+)
 from harli_appliance.config_reference import markdown_text, settings_reference, toml_text
 from harli_appliance.errors import ConfigError
 
@@ -53,7 +61,7 @@ def test_every_setting_of_the_default_file_can_be_taken_out_of_its_comment(tmp_p
     # Only what has no default of its own differs from the default.
     assert taken.server.api_key is not None
     assert taken.server.model_copy(update={"api_key": None}) == default.server
-    unset = {"served_name": None, "context_length": None}
+    unset = dict.fromkeys(("served_name", "context_length", "chunked_prefill_tokens", "max_running_requests"))
     assert taken.model.model_copy(update=unset) == default.model
     assert taken.device.inference_cores == (0, 1)
     unset = {"window_tokens": None, "sequence_tokens": None}
@@ -89,10 +97,13 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path, monke
     )
 
 
-def test_units_are_larger_on_a_gpu_unless_they_are_set():
+def test_units_and_steps_are_larger_on_a_gpu_unless_they_are_set():
     assert TrainingSettings().sizes(gpu=False) == Sizes(128, 512)
     assert TrainingSettings().sizes(gpu=True) == Sizes(1024, 2048)
     assert TrainingSettings(window_tokens=64).sizes(gpu=True) == Sizes(64, 2048)
+    assert ModelSettings().limits(gpu=False) == StepLimits(128, 32)
+    assert ModelSettings().limits(gpu=True) == StepLimits(2048, 256)
+    assert ModelSettings(max_running_requests=8).limits(gpu=True) == StepLimits(2048, 8)
 
 
 def test_home_comes_from_the_environment_or_the_users_data_folder(tmp_path: Path, monkeypatch):

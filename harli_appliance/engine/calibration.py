@@ -20,8 +20,10 @@ from harli_appliance.runtime.protocol import Runtime, Sampling, StepPlan, Submis
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.types import UNLIMITED, Decision, Split, Step
 
-BATCHES = (1, 2, 4, 8, 16)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 """Requests of a round."""
+ALWAYS = 16
+"""Larger rounds are made up to half of the requests that can be decoded together."""
 PROMPTS = (24, 96, 256, 160)
 """Tokens of their prompts, in turn."""
 DECODES = 12
@@ -60,7 +62,8 @@ def rounds(slots: int, context: int, most_running: int) -> list[Round]:
     for batch in BATCHES:
         longest = context - DECODES - 1
         lengths = tuple(min(PROMPTS[i % len(PROMPTS)], longest) for i in range(batch))
-        if batch <= most_running and sum(lengths) + batch * (DECODES + 1) <= slots / 2:
+        most = max(min(ALWAYS, most_running), most_running // 2)
+        if batch <= most and sum(lengths) + batch * (DECODES + 1) <= slots / 2:
             found.append(Round(lengths, DECODES))
     return found
 

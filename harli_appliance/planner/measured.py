@@ -65,19 +65,19 @@ class Measured:
         found, units = read_steps(steps, shape.layers)
         learned = fit(found)
         paces, noises = paces_and_noise(found, learned)
-        model, training = ModelSettings(), TrainingSettings()
+        step = ModelSettings().limits(gpu=False)
         device = Calibrated(
             name="the measured machine",
             model=shape,
             steps=learned,
             rates=self._rates(learned),
             slots=USUAL_SLOTS,
-            window_tokens=training.sizes(gpu=False).window_tokens,
+            window_tokens=TrainingSettings().sizes(gpu=False).window_tokens,
             units=units,
             paces=paces,
             noises=noises,
         )
-        limits = Limits(model.chunked_prefill_tokens, model.max_running_requests, known_tokens(found))
+        limits = Limits(step.chunked_prefill_tokens, step.max_running_requests, known_tokens(found))
         return Fleet(device, limits=limits, micro_batch_tokens=self.plan.sequence_tokens)
 
     def _rates(self, steps: MeasuredSteps) -> TrainingRates:
