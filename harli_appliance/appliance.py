@@ -48,7 +48,7 @@ from harli_appliance.models.architectures import (
     served_context,
 )
 from harli_appliance.models.catalog import config_of, resolve_model
-from harli_appliance.models.size import BFLOAT16, FLOAT32, model_size, refuse_too_large, suitable_slots
+from harli_appliance.models.size import fitting_slots
 from harli_appliance.runtime.architectures import refuse_unservable
 from harli_appliance.runtime.protocol import Runtime
 from harli_appliance.runtime.text import TextCodec
@@ -177,10 +177,7 @@ class Appliance:
             free, where = (
                 (gpu.free_bytes, gpu.name) if gpu else (psutil.virtual_memory().available, "this machine")
             )
-            slots = settings.memory.pool_slots or suitable_slots(
-                model_size(folder), free, gpu=gpu is not None
-            )
-            refuse_too_large(folder, slots, BFLOAT16 if gpu else FLOAT32, free, where)
+            slots = fitting_slots(folder, settings.memory.pool_slots, free, where, gpu=gpu is not None)
             context = served_context(config, settings.model.context_length)
             if architecture(config) not in FINETUNABLE:
                 await asyncio.to_thread(refuse_unservable, architecture(config))

@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
@@ -26,6 +26,7 @@ from harli_appliance.scheduling.names import DEFAULT_POLICY, POLICY_NAMES
 from harli_appliance.schema import JobOrder, PolicyName
 
 CONFIG_FILE = "harli.toml"
+T = TypeVar("T", "StepLimits", "Sizes")
 
 
 class Section(BaseModel):
@@ -40,6 +41,12 @@ class ServerSettings(Section):
     )
     max_queued_requests: int = Field(256, ge=1, description="Requests waiting beyond this are answered 429.")
     max_upload_mib: int = Field(512, ge=1, description="Largest file that can be uploaded, in MiB.")
+
+
+def _set_or(section: Section, usual: T) -> T:
+    """What is set in a section, and for the rest what is usual."""
+    names = (field.name for field in fields(usual))
+    return replace(usual, **{name: value for name in names if (value := getattr(section, name)) is not None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +90,7 @@ class ModelSettings(Section):
 
     def limits(self, *, gpu: bool) -> StepLimits:
         """What is set, and for the rest what suits the device."""
-        usual = GPU_LIMITS if gpu else CPU_LIMITS
-        return StepLimits(
-            self.chunked_prefill_tokens or usual.chunked_prefill_tokens,
-            self.max_running_requests or usual.max_running_requests,
-        )
+        return _set_or(self, GPU_LIMITS if gpu else CPU_LIMITS)
 
 
 _KEYS = "API keys whose requests are of this class when they do not name one; they open the API too."
@@ -203,8 +206,7 @@ class TrainingSettings(Section):
 
     def sizes(self, *, gpu: bool) -> Sizes:
         """What is set, and for the rest what suits the device."""
-        usual = GPU_SIZES if gpu else CPU_SIZES
-        return Sizes(self.window_tokens or usual.window_tokens, self.sequence_tokens or usual.sequence_tokens)
+        return _set_or(self, GPU_SIZES if gpu else CPU_SIZES)
 
 
 class DeviceSettings(Section):

@@ -23,7 +23,7 @@ from harli_appliance.device.choose import choose_gpu, torch_cuda
 from harli_appliance.device.driver import Sms
 from harli_appliance.device.gpu import Gpu, find_gpu, partition_obstacle, serving_obstacle
 from harli_appliance.errors import ConfigError, HarliError, PartitionsUnavailable
-from harli_appliance.models.size import ModelSize, model_size, refuse_too_large, suitable_slots
+from harli_appliance.models.size import ModelSize, fitting_slots, model_size, suitable_slots
 from tests.fake_nvml import FakeNvml
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", "580.65.06", (13, 0), (9, 0), 80 << 30, 79 << 30)
@@ -228,9 +228,9 @@ def test_memory_levels_and_advice() -> None:
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(tiny_model: Path) -> None:
-    refuse_too_large(tiny_model, 4096, 4, 1 << 30, "this machine")
+    assert fitting_slots(tiny_model, 4096, 1 << 30, "this machine", gpu=False) == 4096
     with pytest.raises(ConfigError, match="weights alone are too large"):
-        refuse_too_large(tiny_model, 4096, 4, 1 << 10, "this machine")
+        fitting_slots(tiny_model, 4096, 1 << 10, "this machine", gpu=False)
 
 
 def test_a_damaged_weights_file_is_told(tmp_path: Path) -> None:

@@ -71,6 +71,26 @@ def test_the_limit_is_what_can_be_worked_out_by_hand() -> None:
     assert both.share == pytest.approx(1.5 / (1 - (1 / 3 - 0.1)) / 2, rel=1e-3), "2,000 ms in each second"
 
 
+def test_a_crowd_cannot_be_served_before_it_is_there() -> None:
+    """A step takes 10 ms for up to 2 requests, and 5 for each of more. At a token in 40 ms one request takes a
+    quarter of the time and four take half of it: 25 steps a second of 20 ms."""
+
+    class Crowded:
+        splits = ()
+
+        def training_rate(self) -> float:
+            return 1000.0
+
+        def fused_ms(self, work: StepWork, tokens: int) -> float:
+            return max(10.0, 5.0 * work.step.batch) + 100.0 * tokens
+
+    alone, crowd = TraceRequest(0.0, 100, 10_000), TraceRequest(10.0, 100, 10_000)
+    found = physical_limit(
+        Crowded(), Trace("late", (alone, crowd, crowd, crowd), 20.0), 40.0, decode_only=True
+    )  # type: ignore[arg-type]
+    assert found.share == pytest.approx(1 - (0.25 + 0.5) / 2, rel=0.02)
+
+
 def test_tangents_are_below_the_cost_and_close_to_it() -> None:
     device, rng = Roofline(find_gpu("a100-80"), model_shape("qwen/qwen2.5-7b")), random.Random(2)
     split = device.splits[2]

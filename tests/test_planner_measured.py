@@ -13,6 +13,7 @@ import pytest
 from harli_appliance.bench.compare_plan import ComparePlan, parse_slos, stretch
 from harli_appliance.bench.compare_store import Basis, CompareStore, Moment, Request, RunFile
 from harli_appliance.bench.comparison import RunResult, SloTarget
+from harli_appliance.bench.predictor_errors import Observed
 from harli_appliance.bench.traces import Trace, TraceRequest
 from harli_appliance.bench.traces_synthetic import Bursts, synthetic_trace
 from harli_appliance.cli.main import run as cli
@@ -20,7 +21,7 @@ from harli_appliance.errors import UsageError
 from harli_appliance.planner.calibrated import Calibrated
 from harli_appliance.planner.device import UnitMix, decode_work
 from harli_appliance.planner.measured import Measured
-from harli_appliance.planner.measured_steps import StepTime, fit, known_tokens, read_steps, unit_mix
+from harli_appliance.planner.measured_steps import fit, known_tokens, read_steps, unit_mix
 from harli_appliance.planner.paces import Paces, TrainingRates, paces_and_noise, paces_of, rates_of
 from harli_appliance.planner.requests import Limits, SimulatedRequests
 from harli_appliance.planner.scenario import Fleet, Scenario, run
@@ -28,8 +29,13 @@ from harli_appliance.planner.shapes import model_shape
 from harli_appliance.planner.training import SimulatedTraining
 from harli_appliance.scheduling.types import Step
 
+
+def step_time(step: Step, measured_ms: float, corun: bool) -> Observed:
+    return Observed(step, measured_ms, corun, split=None, fused_tokens=0)
+
+
 STEPS = [
-    StepTime(
+    step_time(
         Step(kind, batch, 100 * batch, prefill),  # type: ignore[arg-type]
         (40.0 + 6.0 * batch + 1.5 * prefill) * (1.25 if corun else 1.0),
         corun,
@@ -99,8 +105,8 @@ def test_a_window_goes_through_the_units_that_were_counted(tmp_path: Path) -> No
 
 
 def test_the_beginning_that_prompts_share_is_not_read_again() -> None:
-    def prompt(tokens: int, known: int, batch: int = 1) -> StepTime:
-        return StepTime(Step("prefill", batch, tokens + known, tokens), 50.0, corun=False)
+    def prompt(tokens: int, known: int, batch: int = 1) -> Observed:
+        return step_time(Step("prefill", batch, tokens + known, tokens), 50.0, corun=False)
 
     assert (
         known_tokens([prompt(9, 25), prompt(30, 25), prompt(9, 153), prompt(9, 26), prompt(9, 0, batch=2)])
@@ -125,7 +131,7 @@ def test_a_file_that_is_no_calibration_is_refused_with_what_to_do(tmp_path: Path
         ("{}", "'learned' is missing"),
         ("[]", "cannot be used"),
         ("no json", "cannot be used"),
-        ('{"learned": [{"step": {"kind": "decode"}}], "held_out": []}', "cannot be used"),
+        ('{"learned": [{"step": {"kind": "decode"}, "split": null}], "held_out": []}', "cannot be used"),
         ('{"learned": [], "held_out": []}', "'units' is missing"),
         (
             '{"learned": [], "held_out": [], "units": {"forward": {"count": 0, "mean_ms": 1}}}',
@@ -144,9 +150,9 @@ def test_a_file_that_is_no_calibration_is_refused_with_what_to_do(tmp_path: Path
 def test_what_lasts_is_pace_and_what_does_not_is_noise() -> None:
     rng = random.Random(3)
     decode = Step("decode", 4, 400)
-    usual = [StepTime(decode, 64.0 * rng.choice((0.9, 1.0, 1.0, 1.0, 1.1)), corun=False) for _ in range(200)]
+    usual = [step_time(decode, 64.0 * rng.choice((0.9, 1.0, 1.0, 1.0, 1.1)), corun=False) for _ in range(200)]
     slow = [replace(one, measured_ms=2.0 * one.measured_ms) for one in usual]
-    prompt = StepTime(Step("prefill", 1, 100, 100), 5000.0, corun=False)
+    prompt = step_time(Step("prefill", 1, 100, 100), 5000.0, corun=False)
     steps = fit(STEPS)
     found, noise = paces_and_noise([*usual, prompt, *slow], steps)
     assert len(found.factors) == 400, "prompts tell nothing"

@@ -46,7 +46,7 @@ class Observed:
         split = found["split"]
         return cls(
             Step(**found["step"]),
-            found["measured_ms"],
+            float(found["measured_ms"]),
             found["corun"],
             Split(**split) if split is not None else None,
             found["fused_tokens"],

@@ -123,9 +123,8 @@ def check_model_memory(settings: Settings, gpu: Gpu | None) -> Check:
         )
     free = gpu.free_bytes if gpu is not None else psutil.virtual_memory().available
     slots = settings.memory.pool_slots or suitable_slots(size, free, gpu=gpu is not None)
-    if gpu is not None:
-        return judge_memory(name, size, slots, BFLOAT16, free, gpu.name)
-    return judge_memory(name, size, slots, FLOAT32, free, "this machine")
+    itemsize, where = (BFLOAT16, gpu.name) if gpu is not None else (FLOAT32, "this machine")
+    return judge_memory(name, size, slots, itemsize, free, where)
 
 
 def judge_memory(name: str, size: ModelSize, slots: int, itemsize: int, free: int, where: str) -> Check:

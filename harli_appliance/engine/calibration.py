@@ -59,10 +59,10 @@ def rounds(slots: int, context: int, most_running: int) -> list[Round]:
         most_running: requests that can be decoded together.
     """
     found = []
+    longest = context - DECODES - 1
+    most = max(min(ALWAYS, most_running), most_running // 2)
     for batch in BATCHES:
-        longest = context - DECODES - 1
         lengths = tuple(min(PROMPTS[i % len(PROMPTS)], longest) for i in range(batch))
-        most = max(min(ALWAYS, most_running), most_running // 2)
         if batch <= most and sum(lengths) + batch * (DECODES + 1) <= slots / 2:
             found.append(Round(lengths, DECODES))
     return found

@@ -81,20 +81,20 @@ def suitable_slots(size: ModelSize | None, free: int, *, gpu: bool) -> int:
     return min(MOST_SLOTS, max(LEAST_SLOTS, size.slots_in(int(COMFORTABLE * free), BFLOAT16)))
 
 
-def refuse_too_large(folder: Path, slots: int, itemsize: int, free: int, where: str) -> None:
-    """Make sure that weights and KV cache fit the memory that is free, before anything is loaded.
+def fitting_slots(folder: Path, asked: int | None, free: int, where: str, *, gpu: bool) -> int:
+    """Slots of the KV cache that a model is served with, before anything is loaded.
 
     Args:
-        slots: slots of the KV cache.
-        itemsize: bytes of the number type that the model is served in.
+        asked: None for what suits the device.
         free: bytes of memory, of the device called `where`.
 
     Raises:
-        ConfigError: they do not fit; says what would.
+        ConfigError: weights and cache do not fit; says what would.
     """
-    size = model_size(folder)
+    size, itemsize = model_size(folder), BFLOAT16 if gpu else FLOAT32
+    slots = asked or suitable_slots(size, free, gpu=gpu)
     if size is None or (needed := size.bytes(slots, itemsize)) <= free:
-        return
+        return slots
     raise ConfigError(
         f"{folder.name} with {slots} slots takes {needed / GIB:.1f} GiB and {where} has {free / GIB:.1f} GiB "
         f"free; {size.advice(free, itemsize)}",

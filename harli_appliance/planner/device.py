@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Protocol
 
-from harli_appliance.scheduling.types import Split, Step
+from harli_appliance.scheduling.types import FORWARD_SHARE, Split, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,6 @@ class StepWork:
 def decode_work(batch: int, context_tokens: int) -> StepWork:
     """A decode step of `batch` requests that read `context_tokens` rows in all."""
     return StepWork(Step("decode", batch, context_tokens), float(context_tokens))
-
-
-FORWARD_SHARE = 1.0 / 3.0
-"""Of a token's work: 2 of 6 FLOPs a parameter."""
 
 
 @dataclass(frozen=True, slots=True)

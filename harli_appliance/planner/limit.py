@@ -30,9 +30,9 @@ from scipy.optimize import linprog
 
 from harli_appliance.bench.traces import Trace
 from harli_appliance.planner.demand import Array, Demand, demand_of
-from harli_appliance.planner.device import FORWARD_SHARE, StepWork, decode_work
+from harli_appliance.planner.device import StepWork, decode_work
 from harli_appliance.planner.roofline import Roofline
-from harli_appliance.scheduling.types import Split
+from harli_appliance.scheduling.types import FORWARD_SHARE, Split
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 384, 512)
 CONTEXTS = (0.5, 1.0, 2.0)

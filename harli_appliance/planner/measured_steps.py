@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harli_appliance.bench.predictor_errors import PARTS, UNITS
+from harli_appliance.bench.predictor_errors import PARTS, UNITS, Observed
 from harli_appliance.errors import UsageError
 from harli_appliance.planner.device import UnitMix
 from harli_appliance.scheduling.predictor import features_of, size_of
@@ -23,15 +23,6 @@ from harli_appliance.scheduling.types import Step
 
 QUANTILE = 0.99
 """Of the regimes' bounds, which nobody asks for here."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepTime:
-    """A measured step; `corun`: training ran beside it."""
-
-    step: Step
-    measured_ms: float
-    corun: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +54,7 @@ class MeasuredSteps:
         return expected
 
 
-def read_steps(path: Path, layers: int) -> tuple[list[StepTime], UnitMix]:
+def read_steps(path: Path, layers: int) -> tuple[list[Observed], UnitMix]:
     """
     Args:
         layers: of the model.
@@ -74,7 +65,7 @@ def read_steps(path: Path, layers: int) -> tuple[list[StepTime], UnitMix]:
     again = "measure with 'harli bench predictor'"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found = [_step(entry) for part in PARTS for entry in content[part]]
+        found = [Observed.from_json(entry) for part in PARTS for entry in content[part]]
         return found, unit_mix(content[UNITS], layers)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}", param="calibration") from error
@@ -82,10 +73,6 @@ def read_steps(path: Path, layers: int) -> tuple[list[StepTime], UnitMix]:
         raise UsageError(f"{path}: {error} is missing; {again}", param="calibration") from error
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UsageError(f"{path}: cannot be used ({error}); {again}", param="calibration") from error
-
-
-def _step(entry: Mapping[str, Any]) -> StepTime:
-    return StepTime(Step(**entry["step"]), float(entry["measured_ms"]), bool(entry["corun"]))
 
 
 def unit_mix(units: Mapping[str, Mapping[str, float]], layers: int) -> UnitMix:
@@ -104,7 +91,7 @@ def unit_mix(units: Mapping[str, Mapping[str, float]], layers: int) -> UnitMix:
     )
 
 
-def known_tokens(found: Sequence[StepTime]) -> int:
+def known_tokens(found: Sequence[Observed]) -> int:
     """Of a prompt that is read on its own, how many the prefix cache had as a rule."""
     alone = [one.step for one in found if one.step.kind == "prefill" and one.step.batch == 1]
     return (
@@ -112,7 +99,8 @@ def known_tokens(found: Sequence[StepTime]) -> int:
     )
 
 
-def fit(found: Sequence[StepTime]) -> MeasuredSteps:
+def fit(found: Sequence[Observed]) -> MeasuredSteps:
+    """The predictor's model of all of them at once."""
     samples: defaultdict[tuple[str, bool], list[list[Any]]] = defaultdict(list)
     for one in found:
         samples[one.step.kind, one.corun].append(

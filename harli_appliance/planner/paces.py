@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harli_appliance.bench.compare_store import RunFile
-from harli_appliance.planner.measured_steps import MeasuredSteps, StepTime
+from harli_appliance.bench.predictor_errors import Observed
+from harli_appliance.planner.measured_steps import MeasuredSteps
 from harli_appliance.scheduling.types import Step
 
 REACH_S = 2.0
@@ -52,7 +53,7 @@ class TrainingRates:
     beside: float
 
 
-def paces_and_noise(found: Iterable[StepTime], steps: MeasuredSteps) -> tuple[Paces, Sequence[float]]:
+def paces_and_noise(found: Iterable[Observed], steps: MeasuredSteps) -> tuple[Paces, Sequence[float]]:
     """Of decode steps that followed each other; reading a prompt is off by more than the machine's pace."""
     decodes = [one for one in found if one.step.kind == "decode"]
     ratios = np.array([one.measured_ms / steps.expected_ms(one.step, corun=one.corun) for one in decodes])

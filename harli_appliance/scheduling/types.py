@@ -12,6 +12,8 @@ from harli_appliance.schema import Mode
 
 UnitKind = Literal["forward", "loss", "backward", "step"]
 
+FORWARD_SHARE = 1.0 / 3.0
+"""Of a training token's work: 2 of 6 FLOPs a parameter, since backward computes each layer again."""
 UNLIMITED = 1 << 30
 """More work units than any tick can run: training goes on until the next decision."""
 

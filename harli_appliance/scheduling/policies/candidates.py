@@ -27,10 +27,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from harli_appliance.scheduling.policies.policy import Situation, beside, pause
-from harli_appliance.scheduling.types import Bound, Costs, Decision, Split, Step
+from harli_appliance.scheduling.types import FORWARD_SHARE, Bound, Costs, Decision, Split, Step
 
-FORWARD_SHARE = 1.0 / 3.0
-"""Of a token's work: 2 of 6 FLOPs a parameter, since backward computes each layer again."""
 FUSED_TOKENS = (64, 128, 192, 256, 384, 512)
 MOST_UNITS = 64
 """Of one slice, however much room there is: a request that arrives waits for the slice to end."""
