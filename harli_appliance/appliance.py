@@ -20,16 +20,16 @@ import structlog
 import torch
 
 from harli_appliance import __version__
-from harli_appliance.api.ports import ChatCall, Generation, Job, JobEvent, JobSpec, StoredFile
+from harli_appliance.api.ports import ChatCall, FineTuning, Generation, Job
 from harli_appliance.completions import Completions
-from harli_appliance.config import Settings
+from harli_appliance.config import Promise, Settings
 from harli_appliance.device.choose import choose_gpu
-from harli_appliance.device.cuda import CudaLanes, cuda_lanes
+from harli_appliance.device.cuda import cuda_lanes
 from harli_appliance.device.gpu import Gpu
 from harli_appliance.device.monitor import Monitor
 from harli_appliance.device.monitor_cpu import CpuGauges
 from harli_appliance.device.monitor_gpu import GpuGauges
-from harli_appliance.device.partition import Partition, cpu_name, cpu_partition, describe_cores
+from harli_appliance.device.partition import Partition, cpu_name, cpu_partition
 from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.engine.calibration import Calibration, rounds
 from harli_appliance.engine.engine import Engine
@@ -40,6 +40,7 @@ from harli_appliance.errors import (
     NotReady,
     UsageError,
 )
+from harli_appliance.finetuner import Finetuner
 from harli_appliance.memory.pool import SlotPool
 from harli_appliance.models.architectures import (
     FINETUNABLE,
@@ -58,25 +59,19 @@ from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.scheduling.slo import SloTracker, Target
 from harli_appliance.schema import (
     ModelView,
-    PartitionView,
     PolicyChange,
+    SloClass,
     Status,
     Timeline,
 )
-from harli_appliance.status_view import engine_views, hardware_view, job_views
+from harli_appliance.status_view import engine_views, hardware_view, job_views, partition_view
 from harli_appliance.store.database import Database
 from harli_appliance.store.lock import HomeLock
 from harli_appliance.store.predictor import load_predictor, save_predictor
 from harli_appliance.store.usage import UsageLog
 from harli_appliance.training import checkpoints
-from harli_appliance.training.backbone import Backbone
-from harli_appliance.training.exercise import Exercise
 from harli_appliance.training.fairness import make_order
-from harli_appliance.training.hyperparameters import adapter_name
-from harli_appliance.training.job_run import JobRun, RunOptions
 from harli_appliance.training.queue import JobQueue
-from harli_appliance.training.rehearsal import rehearsal_slots, rehearse
-from harli_appliance.training.submission import refuse_unfit
 from harli_appliance.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -124,6 +119,7 @@ class Appliance:
             model=self._name,
             count_tokens=codec.count_tokens,
             context_length=context,
+            obstacle=self._finetuning_obstacle,
             refuse_unfit=self._refuse_unfit,
         )
         self._gpu = gpu
@@ -143,14 +139,16 @@ class Appliance:
             self._inference = Lane("inference", partition.inference)
             self._training = Lane("training", partition.training)
         self._monitor = Monitor(GpuGauges if gpu is not None else partial(CpuGauges, partition))
-        slo = settings.slo
+        slo, on_gpu = settings.slo, gpu is not None
+        promise = slo.promise(gpu=on_gpu)
+        others: dict[SloClass, Promise] = {
+            "interactive": slo.interactive.promise(gpu=on_gpu),
+            "batch": slo.batch.promise(gpu=on_gpu),
+        }
         self._slo = SloTracker(
-            slo.tpot_ms,
-            slo.ttft_ms,
-            {
-                "interactive": Target(slo.interactive.tpot_ms, slo.interactive.ttft_ms),
-                "batch": Target(slo.batch.tpot_ms, slo.batch.ttft_ms),
-            },
+            promise.tpot_ms,
+            promise.ttft_ms,
+            {name: Target(other.tpot_ms, other.ttft_ms) for name, other in others.items()},
         )
         splits = () if self._cuda is None else self._cuda.splits
         self._scheduler = Scheduler(Predictor(settings.scheduling.bound_quantile), policy, splits)
@@ -205,7 +203,6 @@ class Appliance:
         from harli_appliance.runtime.arguments import RuntimeOptions
         from harli_appliance.runtime.kv import SglangSlots
         from harli_appliance.runtime.sglang_runtime import SglangRuntime
-        from harli_appliance.runtime.weights import shared_model
 
         torch.set_num_threads(1)  # a second OpenMP thread collapses when the other lane is busy
         settings = self._settings
@@ -238,16 +235,25 @@ class Appliance:
             keep_cached=settings.memory.keep_cached,
             keep_free=settings.memory.keep_free,
         )
+        self._shelf = AdapterShelf(self._runtime, self._inference)
+        self._finetuner = Finetuner(
+            settings,
+            self._sizes,
+            self._codec,
+            self._queue,
+            self._pool,
+            self._slots,
+            self._shelf,
+            self._scheduler,
+            self._training,
+        )
         if self._finetunes:
-            twin = await self._training.run(shared_model, self._runtime.model, self._folder)
-            self._backbone = Backbone(twin)
-            if self._cuda is not None:
-                await self._rehearse(self._cuda)
+            await self._finetuner.prepare(self._runtime, self._folder, self._cuda, self._inference)
         self._trainer = Trainer(
             self._queue,
             self._pool,
-            start_job=self._start_job,
-            finish_job=self._finish_job,
+            start_job=self._finetuner.start_job,
+            finish_job=self._finetuner.finish_job,
             order=make_order(settings.training.order),
             max_running=settings.training.max_running_jobs,
             lane=self._training,
@@ -256,6 +262,7 @@ class Appliance:
             on_step=lambda loss: self._engine.telemetry.loss(loss),
             on_pace=self._scheduler.predictor.observe_training,
         )
+        self._queue.watch(self._trainer.heard)
         self._engine = Engine(
             self._runtime,
             self._pool,
@@ -267,7 +274,6 @@ class Appliance:
             max_queued=settings.server.max_queued_requests,
             arrange=self._cuda.arrange if self._cuda is not None else lambda _: None,
         )
-        self._shelf = AdapterShelf(self._runtime, self._inference)
         self._completions = Completions(
             self._name, self._codec, self._engine, self._shelf, self._usage, self._runtime.context_length
         )
@@ -277,31 +283,6 @@ class Appliance:
         if self._finetunes and settings.training.enabled:
             self._tasks.append(asyncio.create_task(self._trainer.run(), name="trainer"))
         self._state = "ready"
-
-    async def _rehearse(self, cuda: CudaLanes) -> None:
-        """Have memory set aside for units on every stream that they may run on."""
-        sizes, before = self._sizes, torch.cuda.memory_reserved()
-        slots = rehearsal_slots(self._backbone, sizes.sequence_tokens)
-        lease = await self._inference.run(self._pool.grant, slots, lambda: None)
-        if lease is None:  # jobs will be refused for the same reason, naming the setting
-            log.warning("no memory is set aside for training", why="the pool is too small for a micro-batch")
-            return
-        work = partial(
-            rehearse,
-            self._backbone,
-            (self._slots.k_buffers, self._slots.v_buffers),
-            lease.indices,
-            rank=self._settings.training.max_lora_rank,
-            sequence_tokens=sizes.sequence_tokens,
-            window_tokens=sizes.window_tokens,
-        )
-        for _ in cuda.training_places():
-            await self._training.run(work)
-            await self._training.drain()
-        await self._inference.run(work)  # where units run when the lanes take turns
-        lease.release()
-        mib = (torch.cuda.memory_reserved() - before) >> 20
-        log.info("memory is set aside for training", mib=mib)
 
     @property
     def _finetunes(self) -> bool:
@@ -333,7 +314,7 @@ class Appliance:
             on_progress(share)
 
         note(0.0)
-        exercise = Exercise(self._backbone, self._sizes.window_tokens) if self._finetunes else None
+        exercise = self._finetuner.exercise() if self._finetunes else None
         calibration = Calibration(
             self._runtime,
             self._scheduler.predictor,
@@ -422,42 +403,15 @@ class Appliance:
         """There once it started; to be touched on the inference lane only."""
         return self._runtime
 
-    # -- finetuning, for the trainer ---------------------------------------------------------------------
+    # -- finetuning --------------------------------------------------------------------------------------
 
-    def _start_job(self, job: Job, data: Path, held_out: Path | None) -> JobRun:
-        training = self._settings.training
-        return JobRun(
-            job,
-            data,
-            self._backbone.twin(),
-            self._codec,
-            (self._slots.k_buffers, self._slots.v_buffers),
-            RunOptions(
-                window_tokens=self._sizes.window_tokens,
-                sequence_tokens=self._sizes.sequence_tokens,
-                checkpoint_every_steps=training.checkpoint_every_steps,
-                keep_checkpoints=training.keep_checkpoints,
-                checkpoints=self._settings.checkpoints,
-                fuses=lambda: self._scheduler.fuses,
-            ),
-            self._pool.leasable,
-            held_out,
-        )
+    @property
+    def finetuning(self) -> FineTuning:
+        return self._queue
 
     def _refuse_unfit(self, job: Job, files: Sequence[Path]) -> None:
         self._require_ready()
-        buffers = (self._slots.k_buffers, self._slots.v_buffers)
-        refuse_unfit(job, files, self._backbone, self._codec, buffers, self._pool.leasable)
-
-    async def _finish_job(self, job: Job, run: JobRun) -> None:
-        folder = self._settings.adapters / job.id
-        await self._training.run(run.save_adapter, folder)
-        if job.download_only:
-            self._shelf.keep_off(adapter_name(job))
-        else:
-            await self._shelf.put(adapter_name(job), folder, job.id)
-        await self._queue.succeed(job.id, folder, job.lora_rank)
-        await asyncio.to_thread(run.discard_checkpoints)
+        self._finetuner.refuse_unfit(job, files)
 
     # -- serving -----------------------------------------------------------------------------------------
 
@@ -507,69 +461,6 @@ class Appliance:
         self._require_ready()
         await self._shelf.remove(name)
 
-    # -- fine-tuning port --------------------------------------------------------------------------------
-
-    async def create_file(self, path: Path, filename: str, purpose: str) -> StoredFile:
-        return await self._queue.create_file(path, filename, purpose)
-
-    async def files(self) -> list[StoredFile]:
-        return await self._queue.files()
-
-    async def file(self, file_id: str) -> StoredFile:
-        return await self._queue.file(file_id)
-
-    async def file_path(self, file_id: str) -> Path:
-        return await self._queue.file_path(file_id)
-
-    async def delete_file(self, file_id: str) -> None:
-        await self._queue.delete_file(file_id)
-
-    async def create_job(self, spec: JobSpec) -> Job:
-        if self._finetuning_obstacle is not None:
-            raise UsageError(self._finetuning_obstacle, param="model")
-        if not self._settings.training.enabled:
-            raise UsageError("finetuning is switched off (training.enabled = false)")
-        return await self._queue.create_job(spec)
-
-    async def jobs(self, limit: int = 20, after: str | None = None) -> tuple[list[Job], bool]:
-        return await self._queue.jobs(limit, after)
-
-    async def job(self, job_id: str) -> Job:
-        return await self._queue.job(job_id)
-
-    async def events(
-        self, job_id: str, limit: int = 20, after: str | None = None
-    ) -> tuple[list[JobEvent], bool]:
-        return await self._queue.events(job_id, limit, after)
-
-    async def cancel_job(self, job_id: str) -> Job:
-        job = await self._queue.cancel_job(job_id)
-        if job.status == "cancelled":
-            await asyncio.to_thread(checkpoints.discard, self._settings.checkpoints / job_id)
-        self._tell_trainer()
-        return job
-
-    async def pause_job(self, job_id: str) -> Job:
-        job = await self._queue.pause_job(job_id)
-        self._tell_trainer()
-        return job
-
-    async def resume_job(self, job_id: str) -> Job:
-        return await self._queue.resume_job(job_id)
-
-    async def set_priority(self, job_id: str, priority: int) -> Job:
-        job = await self._queue.set_priority(job_id, priority)
-        if self._state == "ready":
-            self._trainer.reweigh(job_id, priority)
-        return job
-
-    def _tell_trainer(self) -> None:
-        if self._state == "ready":
-            self._trainer.wake()
-
-    async def adapter_folder(self, job_id: str) -> Path:
-        return await self._queue.adapter_folder(job_id)
-
     # -- operations --------------------------------------------------------------------------------------
 
     def ready(self) -> bool:
@@ -597,24 +488,9 @@ class Appliance:
             uptime_s=time.monotonic() - self._started,
             model=self._name,
             device=self._device,
-            partition=self._partition_view(),
+            partition=partition_view(self._partition, self._cuda),
             jobs=job_views(jobs, self._trainer),
             models=self.models(),
             hardware=hardware_view(self._monitor.latest),
             **engine_views(self._engine, self._scheduler, self._trainer),
-        )
-
-    def _partition_view(self) -> PartitionView:
-        if self._cuda is not None:
-            split = self._cuda.split
-            if split is None:
-                return PartitionView(inference="all SMs", training="all SMs", inference_share=0.5)
-            inference, training = split.name.split("+")
-            return PartitionView(
-                inference=f"{inference} SMs", training=f"{training} SMs", inference_share=split.inference
-            )
-        return PartitionView(
-            inference=describe_cores(self._partition.inference),
-            training=describe_cores(self._partition.training),
-            inference_share=self._partition.inference_share,
         )

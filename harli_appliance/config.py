@@ -26,7 +26,7 @@ from harli_appliance.scheduling.names import DEFAULT_POLICY, POLICY_NAMES
 from harli_appliance.schema import JobOrder, PolicyName
 
 CONFIG_FILE = "harli.toml"
-T = TypeVar("T", "StepLimits", "Sizes")
+T = TypeVar("T", "StepLimits", "Promise", "Sizes")
 
 
 class Section(BaseModel):
@@ -96,28 +96,68 @@ class ModelSettings(Section):
 _KEYS = "API keys whose requests are of this class when they do not name one; they open the API too."
 
 
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """Time per output token, and to the first one."""
+
+    tpot_ms: float
+    ttft_ms: float
+
+
+CPU_PROMISE, GPU_PROMISE = Promise(250.0, 10_000.0), Promise(50.0, 2_000.0)
+CPU_INTERACTIVE, GPU_INTERACTIVE = Promise(150.0, 3_000.0), Promise(30.0, 1_000.0)
+CPU_BATCH, GPU_BATCH = Promise(1_000.0, 60_000.0), Promise(250.0, 20_000.0)
+"""What is promised is what people get while a job runs: training is given the rest."""
+
+
 class InteractiveSlo(Section):
-    tpot_ms: float = Field(150.0, gt=0, description='Of class interactive (`service_tier: "priority"`).')
-    ttft_ms: float = Field(3_000.0, gt=0, description="Of class interactive.")
+    tpot_ms: float | None = Field(
+        None,
+        gt=0,
+        description='Of class interactive (`service_tier: "priority"`); when not set 150, on a GPU 30.',
+    )
+    ttft_ms: float | None = Field(
+        None, gt=0, description="Of class interactive; when not set 3,000, on a GPU 1,000."
+    )
     api_keys: tuple[SecretStr, ...] = Field((), description=_KEYS)
+
+    def promise(self, *, gpu: bool) -> Promise:
+        """What is set, and for the rest what suits the device."""
+        return _set_or(self, GPU_INTERACTIVE if gpu else CPU_INTERACTIVE)
 
 
 class BatchSlo(Section):
-    tpot_ms: float = Field(1_000.0, gt=0, description='Of class batch (`service_tier: "flex"`).')
-    ttft_ms: float = Field(60_000.0, gt=0, description="Of class batch.")
+    tpot_ms: float | None = Field(
+        None, gt=0, description='Of class batch (`service_tier: "flex"`); when not set 1,000, on a GPU 250.'
+    )
+    ttft_ms: float | None = Field(
+        None, gt=0, description="Of class batch; when not set 60,000, on a GPU 20,000."
+    )
     api_keys: tuple[SecretStr, ...] = Field((), description=_KEYS)
+
+    def promise(self, *, gpu: bool) -> Promise:
+        """What is set, and for the rest what suits the device."""
+        return _set_or(self, GPU_BATCH if gpu else CPU_BATCH)
 
 
 class SloSettings(Section):
-    tpot_ms: float = Field(
-        250.0,
+    tpot_ms: float | None = Field(
+        None,
         gt=0,
         description="Promised time per output token of a request, in milliseconds; of class standard, to which "
-        "requests belong that say nothing.",
+        "requests belong that say nothing. When not set 250, on a GPU 50.",
     )
-    ttft_ms: float = Field(10_000.0, gt=0, description="Promised time to the first token, in milliseconds.")
+    ttft_ms: float | None = Field(
+        None,
+        gt=0,
+        description="Promised time to the first token, in milliseconds; when not set 10,000, on a GPU 2,000.",
+    )
     interactive: InteractiveSlo = InteractiveSlo()
     batch: BatchSlo = BatchSlo()
+
+    def promise(self, *, gpu: bool) -> Promise:
+        """What is set, and for the rest what suits the device."""
+        return _set_or(self, GPU_PROMISE if gpu else CPU_PROMISE)
 
 
 class SchedulingSettings(Section):

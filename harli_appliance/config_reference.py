@@ -117,11 +117,12 @@ def _by_section() -> Iterator[tuple[str, list[Setting]]]:
 def _setting(section: str, name: str, field: FieldInfo) -> Setting:
     if not field.description:
         raise TypeError(f"setting '{name}' has no sentence; give it a description in config.py")
+    path = f"{section}.{name}".removeprefix(".")
     default: str | None
     if field.default_factory is not None:
-        default = example = _EXAMPLES[name]
+        default = example = _EXAMPLES[path]
     elif field.default is None:
-        default, example = None, _EXAMPLES[name]
+        default, example = None, _EXAMPLES[path]
     else:
         default = example = json.dumps(field.default)
     return Setting(section, name, default, example, _values(field), field.description)
@@ -129,17 +130,23 @@ def _setting(section: str, name: str, field: FieldInfo) -> Setting:
 
 _EXAMPLES = {
     "home": '"~/.local/share/harli"',
-    "api_key": '"a long secret"',
-    "served_name": '"my-model"',
-    "context_length": "2048",
-    "inference_cores": "[0, 1]",
-    "training_cores": "[2, 3]",
-    "attention": '"triton"',
-    "window_tokens": "256",
-    "sequence_tokens": "1024",
-    "pool_slots": "65536",
-    "chunked_prefill_tokens": "512",
-    "max_running_requests": "64",
+    "server.api_key": '"a long secret"',
+    "model.served_name": '"my-model"',
+    "model.context_length": "2048",
+    "model.chunked_prefill_tokens": "512",
+    "model.max_running_requests": "64",
+    "slo.tpot_ms": "200.0",
+    "slo.ttft_ms": "5000.0",
+    "slo.interactive.tpot_ms": "100.0",
+    "slo.interactive.ttft_ms": "2000.0",
+    "slo.batch.tpot_ms": "500.0",
+    "slo.batch.ttft_ms": "30000.0",
+    "training.window_tokens": "256",
+    "training.sequence_tokens": "1024",
+    "device.inference_cores": "[0, 1]",
+    "device.training_cores": "[2, 3]",
+    "device.attention": '"triton"',
+    "memory.pool_slots": "65536",
 }
 """What a setting may look like whose default is none, or depends on the machine."""
 

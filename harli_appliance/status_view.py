@@ -7,7 +7,9 @@ from dataclasses import asdict
 from typing import TypedDict
 
 from harli_appliance.api.ports import Job
+from harli_appliance.device.cuda import CudaLanes
 from harli_appliance.device.monitor import Reading
+from harli_appliance.device.partition import Partition, describe_cores
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.telemetry import pool_view
 from harli_appliance.scheduling.scheduler import Scheduler
@@ -16,6 +18,7 @@ from harli_appliance.schema import (
     HardwareView,
     JobView,
     Mode,
+    PartitionView,
     Percentiles,
     PoolView,
     PredictorView,
@@ -85,6 +88,23 @@ def engine_views(engine: Engine, scheduler: Scheduler, trainer: Trainer) -> Engi
             above_bound=predictor.above_bound,
         ),
     )
+
+
+def partition_view(cores: Partition, cuda: CudaLanes | None) -> PartitionView:
+    """Who has which part of the device now.
+
+    Args:
+        cores: which the lanes have where there is no GPU.
+    """
+    if cuda is None:
+        inference, training = describe_cores(cores.inference), describe_cores(cores.training)
+        share = cores.inference_share
+    elif cuda.split is None:
+        inference, training, share = "all SMs", "all SMs", 0.5
+    else:
+        inference, training = (f"{count} SMs" for count in cuda.split.name.split("+"))
+        share = cuda.split.inference
+    return PartitionView(inference=inference, training=training, inference_share=share)
 
 
 def hardware_view(reading: Reading | None) -> HardwareView | None:

@@ -239,6 +239,10 @@ class FakeAppliance:
 
     # -- files and jobs --------------------------------------------------------------------------
 
+    @property
+    def finetuning(self) -> FakeAppliance:
+        return self
+
     async def create_file(self, path: Path, filename: str, purpose: str) -> StoredFile:
         if b"broken" in path.read_bytes():
             raise DatasetError(

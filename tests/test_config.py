@@ -12,8 +12,10 @@ import pytest
 
 from harli_appliance.config import (
     ModelSettings,
+    Promise,
     Settings,
     Sizes,
+    SloSettings,
     StepLimits,
     TrainingSettings,
     load_settings,
@@ -67,7 +69,11 @@ def test_every_setting_of_the_default_file_can_be_taken_out_of_its_comment(tmp_p
     unset = {"window_tokens": None, "sequence_tokens": None}
     assert taken.training.model_copy(update=unset) == default.training
     assert taken.memory.model_copy(update={"pool_slots": None}) == default.memory
-    for section in ("slo", "scheduling", "logging"):
+    unset = dict.fromkeys(("tpot_ms", "ttft_ms"))
+    assert taken.slo.interactive.model_copy(update=unset) == default.slo.interactive
+    assert taken.slo.batch.model_copy(update=unset) == default.slo.batch
+    assert (taken.slo.tpot_ms, taken.slo.ttft_ms) == (200.0, 5000.0)
+    for section in ("scheduling", "logging"):
         assert getattr(taken, section) == getattr(default, section)
 
 
@@ -104,6 +110,17 @@ def test_units_and_steps_are_larger_on_a_gpu_unless_they_are_set():
     assert ModelSettings().limits(gpu=False) == StepLimits(128, 32)
     assert ModelSettings().limits(gpu=True) == StepLimits(2048, 256)
     assert ModelSettings(max_running_requests=8).limits(gpu=True) == StepLimits(2048, 8)
+
+
+def test_a_gpu_promises_more_unless_it_is_said_what():
+    assert SloSettings().promise(gpu=False) == Promise(250.0, 10_000.0)
+    assert SloSettings().promise(gpu=True) == Promise(50.0, 2_000.0)
+    assert SloSettings(tpot_ms=40.0).promise(gpu=True) == Promise(40.0, 2_000.0)
+    for gpu in (False, True):
+        slo = SloSettings()
+        kinds = [section.promise(gpu=gpu) for section in (slo.interactive, slo, slo.batch)]
+        assert kinds == sorted(kinds, key=lambda promise: promise.tpot_ms)
+        assert kinds == sorted(kinds, key=lambda promise: promise.ttft_ms)
 
 
 def test_home_comes_from_the_environment_or_the_users_data_folder(tmp_path: Path, monkeypatch):

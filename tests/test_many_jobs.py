@@ -138,7 +138,7 @@ async def test_a_job_of_higher_priority_comes_further_in_the_same_time(rig: RigF
     assert steps(made, slow) <= 18, "a quarter of it, and what a busy machine makes of device time"
     shares = {job.id: job.share for job in made.trainer.state().running}
     assert shares["ftjob-fast"] > 0.6 > 0.4 > shares["ftjob-slow"]
-    made.trainer.reweigh("ftjob-slow", 40)
+    made.trainer.heard(replace(slow, priority=40))
     before = steps(made, slow), steps(made, fast)
     await until(lambda: steps(made, slow) >= before[0] + 8)
     assert steps(made, fast) - before[1] <= 2 * 8 + 6, "as many, not four times as many"

@@ -352,3 +352,37 @@ async def test_the_trainer_is_woken_by_a_new_job_and_not_before(queue, spec):
         await queue.jobs()
     assert not waiting.done()
     waiting.cancel()
+
+
+async def test_no_job_is_taken_of_a_model_that_cannot_be_finetuned(database, settings, spec):
+    queue = JobQueue(database, settings, model="tiny", obstacle="no adapters fit it")
+    with pytest.raises(UsageError, match="no adapters fit it"):
+        await queue.create_job(spec)
+
+
+async def test_whoever_watches_is_told_what_is_wanted_of_a_job(queue, spec):
+    heard: list[tuple[str, str, int]] = []
+    queue.watch(lambda job: heard.append((job.id, job.status, job.priority)))
+    job = await queue.create_job(spec)
+    await queue.set_priority(job.id, 40)
+    await queue.pause_job(job.id)
+    await queue.resume_job(job.id)
+    await queue.next_job()
+    await queue.pause_job(job.id)
+    assert heard == [(job.id, status, 40) for status in ("queued", "paused", "queued", "running")]
+
+
+async def test_a_job_that_is_cancelled_while_it_waits_leaves_no_checkpoints(queue, settings, spec):
+    job = await queue.create_job(spec)
+    left = settings.checkpoints / job.id / "step-000002"
+    left.mkdir(parents=True)
+    await queue.cancel_job(job.id)
+    assert not left.parent.exists()
+
+
+async def test_the_checkpoints_of_a_running_job_stay_until_it_has_stopped(queue, settings, spec):
+    job = await queue.create_job(spec)
+    await queue.next_job()
+    (settings.checkpoints / job.id).mkdir(parents=True)
+    assert (await queue.cancel_job(job.id)).status == "running"
+    assert (settings.checkpoints / job.id).is_dir()

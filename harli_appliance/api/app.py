@@ -33,6 +33,6 @@ def create_app(port: AppliancePort, settings: Settings) -> web.Application:
     app.add_routes(OperationsRoutes(port).routes())
     app.add_routes(AdapterRoutes(port).routes())
     app.add_routes(ChatRoutes(port).routes())
-    app.add_routes(FileRoutes(port, settings).routes())
-    app.add_routes(FineTuningRoutes(port).routes())
+    app.add_routes(FileRoutes(port.finetuning, settings).routes())
+    app.add_routes(FineTuningRoutes(port.finetuning).routes())
     return app

@@ -263,5 +263,8 @@ class Operations(Protocol):
     async def change_policy(self, change: PolicyChange) -> Status: ...
 
 
-class AppliancePort(Serving, FineTuning, Operations, Protocol):
+class AppliancePort(Serving, Operations, Protocol):
     """Everything the API needs."""
+
+    @property
+    def finetuning(self) -> FineTuning: ...

@@ -80,10 +80,10 @@ class InProcess:
         # The appliance keeps the file that it is given.
         with tempfile.NamedTemporaryFile(suffix=path.suffix, delete=False) as copy:
             shutil.copyfile(path, copy.name)
-        return await self._appliance.create_file(Path(copy.name), path.name, "fine-tune")
+        return await self._appliance.finetuning.create_file(Path(copy.name), path.name, "fine-tune")
 
     async def create_job(
         self, model: str, training_file: str, *, n_epochs: int, batch_size: int
     ) -> Identified:
         spec = JobSpec(model, training_file, n_epochs=n_epochs, batch_size=batch_size)
-        return await self._appliance.create_job(spec)
+        return await self._appliance.finetuning.create_job(spec)

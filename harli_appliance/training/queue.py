@@ -24,6 +24,7 @@ from harli_appliance.store import files as file_rows
 from harli_appliance.store import jobs as job_rows
 from harli_appliance.store.adapters import Adapter
 from harli_appliance.store.database import Database
+from harli_appliance.training import checkpoints
 from harli_appliance.training.dataset import CountTokens
 from harli_appliance.training.file_library import FileLibrary, one_line
 from harli_appliance.training.hyperparameters import adapter_name, check_priority, resolve
@@ -42,6 +43,7 @@ class JobQueue(FileLibrary, FineTuning):
         model: name of the served base model, the only one that can be finetuned.
         count_tokens: tells how long an example is; without it no length is checked.
         context_length: tokens that an example may have at most.
+        obstacle: why that model cannot be finetuned at all, if it cannot.
         refuse_unfit: called in a thread of its own; raises when a job with these files could never run here.
     """
 
@@ -53,13 +55,20 @@ class JobQueue(FileLibrary, FineTuning):
         model: str,
         count_tokens: CountTokens | None = None,
         context_length: int | None = None,
+        obstacle: str | None = None,
         refuse_unfit: Callable[[Job, Sequence[Path]], None] = lambda job, files: None,
     ) -> None:
         super().__init__(database, settings, count_tokens=count_tokens, context_length=context_length)
         self._model = model
+        self._obstacle = obstacle
         self._refuse_unfit = refuse_unfit
+        self._tell: Callable[[Job], None] = lambda job: None
         self._queued = asyncio.Event()
         self._asked: dict[str, job_rows.Ask] = {}
+
+    def watch(self, tell: Callable[[Job], None]) -> None:
+        """Call `tell` from now on with every job of which a person wants something else than before."""
+        self._tell = tell
 
     # -- jobs ----------------------------------------------------------------------------------------------
 
@@ -67,10 +76,12 @@ class JobQueue(FileLibrary, FineTuning):
         """Queue a job.
 
         Raises:
-            UsageError: a value is out of its range (names the field), or the job could never run here.
+            UsageError: a value is out of its range (names the field), or the job or any could never run here.
             NotFound: there is no such training file.
             Conflict: finetuning is switched off.
         """
+        if self._obstacle is not None:
+            raise UsageError(self._obstacle, param="model")
         if not self._settings.training.enabled:
             raise Conflict(
                 "finetuning is switched off here; set training.enabled to true", code="training_disabled"
@@ -122,7 +133,13 @@ class JobQueue(FileLibrary, FineTuning):
                 job_rows.add_event(db, job_id, "info", "Cancellation requested")
             return job
 
-        return await self._to_the_end(self._ask(job_id, cancel))
+        return await self._to_the_end(self._cancel_job(job_id, cancel))
+
+    async def _cancel_job(self, job_id: str, cancel: Callable[[Connection], Job]) -> Job:
+        job = await self._ask(job_id, cancel)
+        if job.status == "cancelled":
+            await asyncio.to_thread(checkpoints.discard, self._settings.checkpoints / job_id)
+        return job
 
     async def pause_job(self, job_id: str) -> Job:
         """Pause a queued job at once, or ask the trainer to pause a running one (it still shows running).
@@ -183,14 +200,14 @@ class JobQueue(FileLibrary, FineTuning):
             job_rows.add_event(db, job_id, "info", f"Priority set to {priority}")
             return job
 
-        return await self._to_the_end(self._database.run(change))
+        return await self._to_the_end(self._ask(job_id, change))
 
     async def overview(self, limit: int) -> list[Job]:
         """The jobs that matter now: those that have not ended first."""
         return await self._database.run(lambda db: job_rows.overview(db, limit))
 
     async def _ask(self, job_id: str, work: Callable[[Connection], Job]) -> Job:
-        """Do `work`, and let the trainer know what is asked of the job from now on."""
+        """Do `work`, and let those who watch know what is asked of the job from now on."""
 
         def transaction(db: Connection) -> tuple[Job, job_rows.Ask | None]:
             return work(db), job_rows.asked_of(db, job_id)
@@ -200,6 +217,7 @@ class JobQueue(FileLibrary, FineTuning):
             self._asked.pop(job_id, None)
         else:
             self._asked[job_id] = asked
+        self._tell(job)
         return job
 
     # -- for the trainer -----------------------------------------------------------------------------------

@@ -175,10 +175,11 @@ class Trainer:
         """Look again at what is asked of the jobs, also while nothing is allowed."""
         self._changed.set()
 
-    def reweigh(self, job_id: str, priority: int) -> None:
-        """Let a running job have another share from now on; one that does not run is left alone."""
-        if job_id in self._active:
-            self._order.reweigh(job_id, priority)
+    def heard(self, job: Job) -> None:
+        """A person wants something else of `job`: that it stops, perhaps, or has another share of the time."""
+        if job.id in self._active:
+            self._order.reweigh(job.id, job.priority)
+        self.wake()
 
     def state(self) -> TrainerState:
         return TrainerState(

@@ -1,0 +1,145 @@
+"""What the trainer needs of the model that is served: jobs' runs on its weights, and a place for what they make.
+
+Knows the backbone, the pool's rows and the shelf of adapters; the queue says what to train and the engine when.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+import torch
+
+from harli_appliance.api.ports import Job
+from harli_appliance.config import Settings, Sizes
+from harli_appliance.device.cuda import CudaLanes
+from harli_appliance.engine.adapters import AdapterShelf
+from harli_appliance.engine.lanes import Lane
+from harli_appliance.memory.pool import SlotPool
+from harli_appliance.runtime.text import TextCodec
+from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.training.backbone import Backbone
+from harli_appliance.training.exercise import Exercise
+from harli_appliance.training.hyperparameters import adapter_name
+from harli_appliance.training.job_run import JobRun, RunOptions
+from harli_appliance.training.queue import JobQueue
+from harli_appliance.training.rehearsal import rehearsal_slots, rehearse
+from harli_appliance.training.submission import refuse_unfit
+
+if TYPE_CHECKING:
+    from harli_appliance.runtime.kv import SglangSlots
+    from harli_appliance.runtime.sglang_runtime import SglangRuntime
+
+log = structlog.get_logger(__name__)
+
+
+class Finetuner:
+    """Only `prepare` makes it of use.
+
+    Args:
+        sizes: of micro-batches and units.
+        slots: the pool's rows.
+        shelf: where finished adapters are served from.
+        lane: that training runs on.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        sizes: Sizes,
+        codec: TextCodec,
+        queue: JobQueue,
+        pool: SlotPool,
+        slots: SglangSlots,
+        shelf: AdapterShelf,
+        scheduler: Scheduler,
+        lane: Lane,
+    ) -> None:
+        self._settings = settings
+        self._sizes = sizes
+        self._codec = codec
+        self._queue = queue
+        self._pool = pool
+        self._buffers = (slots.k_buffers, slots.v_buffers)
+        self._shelf = shelf
+        self._scheduler = scheduler
+        self._lane = lane
+
+    async def prepare(
+        self, runtime: SglangRuntime, folder: Path, cuda: CudaLanes | None, inference: Lane
+    ) -> None:
+        """Put modules around the served weights, and have memory set aside for units."""
+        from harli_appliance.runtime.weights import shared_model  # imports SGLang, which takes seconds
+
+        self._backbone = Backbone(await self._lane.run(shared_model, runtime.model, folder))
+        if cuda is not None:
+            await self._rehearse(cuda, inference)
+
+    def refuse_unfit(self, job: Job, files: Sequence[Path]) -> None:
+        """Raise if a job with these files could never run here."""
+        refuse_unfit(job, files, self._backbone, self._codec, self._buffers, self._pool.leasable)
+
+    def start_job(self, job: Job, data: Path, held_out: Path | None) -> JobRun:
+        """On the training lane."""
+        training = self._settings.training
+        return JobRun(
+            job,
+            data,
+            self._backbone.twin(),
+            self._codec,
+            self._buffers,
+            RunOptions(
+                window_tokens=self._sizes.window_tokens,
+                sequence_tokens=self._sizes.sequence_tokens,
+                checkpoint_every_steps=training.checkpoint_every_steps,
+                keep_checkpoints=training.keep_checkpoints,
+                checkpoints=self._settings.checkpoints,
+                fuses=lambda: self._scheduler.fuses,
+            ),
+            self._pool.leasable,
+            held_out,
+        )
+
+    async def finish_job(self, job: Job, run: JobRun) -> None:
+        """Keep the adapter, serve it where it can be, and only then say that the job has succeeded."""
+        folder = self._settings.adapters / job.id
+        await self._lane.run(run.save_adapter, folder)
+        if job.download_only:
+            self._shelf.keep_off(adapter_name(job))
+        else:
+            await self._shelf.put(adapter_name(job), folder, job.id)
+        await self._queue.succeed(job.id, folder, job.lora_rank)
+        await asyncio.to_thread(run.discard_checkpoints)
+
+    def exercise(self) -> Exercise:
+        """What a calibration runs beside steps."""
+        return Exercise(self._backbone, self._sizes.window_tokens)
+
+    async def _rehearse(self, cuda: CudaLanes, inference: Lane) -> None:
+        """Run a micro-batch on every stream that units may run on."""
+        sizes, before = self._sizes, torch.cuda.memory_reserved()
+        slots = rehearsal_slots(self._backbone, sizes.sequence_tokens)
+        lease = await inference.run(self._pool.grant, slots, lambda: None)
+        if lease is None:  # jobs will be refused for the same reason, naming the setting
+            log.warning("no memory is set aside for training", why="the pool is too small for a micro-batch")
+            return
+        work = partial(
+            rehearse,
+            self._backbone,
+            self._buffers,
+            lease.indices,
+            rank=self._settings.training.max_lora_rank,
+            sequence_tokens=sizes.sequence_tokens,
+            window_tokens=sizes.window_tokens,
+        )
+        for _ in cuda.training_places():
+            await self._lane.run(work)
+            await self._lane.drain()
+        await inference.run(work)  # where units run when the lanes take turns
+        lease.release()
+        mib = (torch.cuda.memory_reserved() - before) >> 20
+        log.info("memory is set aside for training", mib=mib)
