@@ -268,10 +268,14 @@ def test_a_unit_that_a_step_waits_for_is_done_then() -> None:
     beside_steps = H100.corun_training_rate(turns.split) * made.modes["partition"]
     half_a_unit = made.training.amount_of(64) / 64 / 2
     assert made.training.worked - beside_steps == pytest.approx(turns.beside * half_a_unit, rel=0.4)
+    work = decode_work(1, 2000)
+    alone_ms, beside_ms = H100.solo_ms(work), H100.corun_ms(work, turns.split)
+    took_ms = 1e3 * made.modes["pause"] / turns.alone_steps
+    assert alone_ms < took_ms < beside_ms, "it has what serving had before, and then all"
 
 
 class EveryOther(Policy):
-    split = H100.splits[-1]
+    split = H100.splits[0]
 
     def __init__(self) -> None:
         self.beside = self.alone_steps = 0

@@ -76,7 +76,7 @@ class Calibrated:
     def corun_ms(self, work: StepWork, split: Split | None) -> float:
         return self.steps.expected_ms(work.step, corun=True)
 
-    def fused_ms(self, work: StepWork, tokens: int) -> float:
+    def fused_ms(self, work: StepWork, tokens: int, split: Split | None = None) -> float:
         return self.solo_ms(work) + 1e3 * self.units.forward_share * tokens / self.rates.alone
 
     def training_rate(self, split: Split | None = None) -> float:

@@ -107,7 +107,7 @@ class Device(Protocol):
         """The step with training beside it; None is the one way that a device without splits has."""
         ...
 
-    def fused_ms(self, work: StepWork, tokens: int) -> float:
+    def fused_ms(self, work: StepWork, tokens: int, split: Split | None = None) -> float:
         """The step with the forward pass of `tokens` training tokens in the same pass."""
         ...
 

@@ -144,8 +144,8 @@ class Roofline:
         alone = self._pass_ms(work, split.inference)
         return alone * self._crowding(self._bytes(work) / (alone / 1e3), split) * (1.0 + INTERFERENCE)
 
-    def fused_ms(self, work: StepWork, tokens: int) -> float:
-        return self._pass_ms(work, 1.0, tokens)
+    def fused_ms(self, work: StepWork, tokens: int, split: Split | None = None) -> float:
+        return self._pass_ms(work, split.inference if split else 1.0, tokens)
 
     def _pass_ms(self, work: StepWork, share: float, training: int = 0) -> float:
         model = self.model

@@ -147,14 +147,15 @@ class SimulatedServer:
     def _serve(self, work: StepWork, decision: Decision) -> None:
         training, device = self.training, self._device
         mode, split, step = decision.mode, decision.split, work.step
-        delay = self._delay(split if mode == "partition" else None)
         noise = self._pace * device.noise(self._random)
+        tokens = decision.fused_tokens if mode == "fused" else 0
         if mode == "partition":
             took = device.corun_ms(work, split) * noise
-        elif mode == "fused":
-            took = device.fused_ms(work, decision.fused_tokens) * noise
+        elif tokens:
+            took = device.fused_ms(work, tokens) * noise
         else:
             took = device.solo_ms(work) * noise
+        delay = self._delay(work, took, split if mode == "partition" else None, tokens)
         self.now += (took + delay) / 1e3
         self._deliver(*self._requests.complete(), everybody=step.kind == "decode")
         if training is not None and decision.units:
@@ -212,19 +213,27 @@ class SimulatedServer:
         ):  # elsewhere policies want to know how long a unit takes on the whole device
             training.went(amount, rate)
 
-    def _delay(self, split: Split | None) -> float:
-        """Milliseconds that a step waits for the unit under way on SMs that it wants now, on average half of
-        it. A unit beside which no other follows ends meanwhile."""
+    def _delay(self, work: StepWork, took_ms: float, split: Split | None, fused_tokens: int) -> float:
+        """Milliseconds that a step loses to the unit under way on SMs that it wants now: until that ends, after
+        half of its time on average, the step has those that serving had before.
+
+        A unit beside which no other follows ends meanwhile.
+        """
         before, self._beside = self._beside, None
-        if before is None or before == split or self.training is None or not self._device.splits:
+        device, training = self._device, self.training
+        if before is None or before == split or training is None or not device.splits:
             return 0.0
-        wanted = split.inference if split is not None else 1.0
-        overlap = max(0.0, wanted - before.inference)
-        unit = self.training.unit_ms * self._device.training_rate() / self._device.training_rate(before)
         left = self._random.random()
         if split is None:
-            self.training.run(left * self.training.amount_of(1))
-        return left * overlap * unit
+            training.run(left * training.amount_of(1))
+        left_ms = left * training.unit_ms * device.training_rate() / device.training_rate(before)
+        if before.inference == 0.0:
+            return left_ms
+        slow_ms = device.corun_ms(work, before)
+        if fused_tokens:
+            slow_ms = max(slow_ms, device.fused_ms(work, fused_tokens, before))
+        slow_ms *= self._pace
+        return min(left_ms, slow_ms) * max(0.0, 1.0 - took_ms / slow_ms)
 
     def _deliver(self, first: list[str], ended: list[str], *, everybody: bool = False) -> None:
         """Hand out tokens.
