@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import structlog
@@ -35,6 +36,7 @@ from harli_appliance.engine.calibration import Calibration, rounds
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.lanes import Lane
 from harli_appliance.errors import (
+    ApplianceUnavailable,
     ConfigError,
     HarliError,
     NotReady,
@@ -132,9 +134,6 @@ class Appliance:
             self._training = Lane(
                 "training", around=self._cuda.training.around, finish=self._cuda.training.drain
             )
-            if not self._cuda.splits and without_partitions(policy) != policy:
-                policy = without_partitions(policy)
-                log.warning("following another policy", policy=policy, why="there are no SM partitions")
         else:
             self._inference = Lane("inference", partition.inference)
             self._training = Lane("training", partition.training)
@@ -151,8 +150,18 @@ class Appliance:
             {name: Target(other.tpot_ms, other.ttft_ms) for name, other in others.items()},
         )
         splits = () if self._cuda is None else self._cuda.splits
-        self._scheduler = Scheduler(Predictor(settings.scheduling.bound_quantile), policy, splits)
+        self._scheduler = Scheduler(
+            Predictor(settings.scheduling.bound_quantile), self._fitting_policy(policy), splits
+        )
         self._tasks: list[asyncio.Task[None]] = []
+        self._broken = False
+
+    def _fitting_policy(self, wanted: str) -> str:
+        """`wanted`, or taking turns where the device cannot run both lanes at once."""
+        if self._cuda is None or self._cuda.splits or (found := without_partitions(wanted)) == wanted:
+            return wanted
+        log.warning("following another policy", policy=found, why="there are no SM partitions")
+        return found
 
     # -- life --------------------------------------------------------------------------------------------
 
@@ -168,6 +177,7 @@ class Appliance:
             raise ConfigError(f"the driver shows {gpu.name} and torch does not; run 'harli doctor'")
         lock = HomeLock(settings.home)
         lock.acquire()
+        shutil.rmtree(settings.uploads, ignore_errors=True)  # what a process that was killed was being sent
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(lock.release)
             folder = await asyncio.to_thread(resolve_model, settings.model.path, settings)
@@ -278,11 +288,23 @@ class Appliance:
             self._name, self._codec, self._engine, self._shelf, self._usage, self._runtime.context_length
         )
         await self._restore(on_calibration)
-        self._tasks.append(asyncio.create_task(self._engine.run(), name="engine"))
-        self._tasks.append(asyncio.create_task(self._save_predictor_forever(), name="predictor"))
+        self._keep_running("engine", self._engine.run())
+        self._keep_running("predictor", self._save_predictor_forever())
         if self._finetunes and settings.training.enabled:
-            self._tasks.append(asyncio.create_task(self._trainer.run(), name="trainer"))
+            self._keep_running("trainer", self._trainer.run())
         self._state = "ready"
+
+    def _keep_running(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` until the appliance closes; that it ends before is a fault, which its state shows."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("a part of the appliance has ended", part=name, exc_info=error)
+                self._broken = True
+
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(ended)
+        self._tasks.append(task)
 
     @property
     def _finetunes(self) -> bool:
@@ -292,10 +314,9 @@ class Appliance:
         """What earlier processes left: the predictor, interrupted jobs, finished adapters."""
         saved = await self._database.run(lambda db: load_predictor(db, *self._predictor_key))
         wanted = self._settings.scheduling.calibration
-        if wanted == "always" or (wanted == "first_start" and saved is None):
+        known = wanted != "always" and saved is not None and self._scheduler.predictor.restore(saved)
+        if not known and wanted != "never":
             await self._calibrate(on_calibration)
-        elif saved is not None:
-            self._scheduler.predictor.restore(saved)
         await self._queue.recover()
         kept = await self._queue.keeping_checkpoints()
         await asyncio.to_thread(checkpoints.sweep, self._settings.checkpoints, kept)
@@ -346,7 +367,10 @@ class Appliance:
     async def _save_predictor_forever(self) -> None:
         while True:
             await asyncio.sleep(SAVE_PREDICTOR_EVERY_S)
-            await self._save_predictor()
+            try:
+                await self._save_predictor()
+            except ApplianceUnavailable as error:
+                log.warning("what was learned of steps is not saved yet", why=error.message)
 
     async def _save_predictor(self) -> None:
         state = self._scheduler.predictor.state()
@@ -472,11 +496,11 @@ class Appliance:
 
     async def change_policy(self, change: PolicyChange) -> Status:
         self._require_ready()
+        if change.policy is not None:  # the first, as it may be refused: then nothing has changed
+            self._engine.use_policy(self._fitting_policy(change.policy))
         now = self._slo.target
         tpot, ttft = change.slo_tpot_ms or now.tpot_ms, change.slo_ttft_ms or now.ttft_ms
         self._slo.target = Target(tpot, ttft)
-        if change.policy is not None:
-            self._engine.use_policy(change.policy)
         return await self.status()
 
     async def status(self) -> Status:
@@ -484,7 +508,7 @@ class Appliance:
         jobs = await self._queue.overview(SHOWN_JOBS)
         return Status(
             version=__version__,
-            state="degraded" if self._engine.degraded else self._state,
+            state="degraded" if self._engine.degraded or self._broken else self._state,
             uptime_s=time.monotonic() - self._started,
             model=self._name,
             device=self._device,

@@ -308,6 +308,10 @@ class HarliClient:
                 yield response
         except aiohttp.InvalidURL as error:
             raise UsageError(f"'{self.base_url}' is no URL of an appliance") from error
+        except ValueError as error:  # no JSON, or none of ours
+            raise ApplianceUnavailable(
+                f"what answers at {self.base_url} is no appliance of this version; check --url"
+            ) from error
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise ApplianceUnavailable(
                 f"no appliance at {self.base_url}; start one with 'harli serve', or say where with --url"

@@ -6,9 +6,12 @@ refused with the nearest valid name; every setting carries the sentence shown in
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 import os
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -327,12 +330,46 @@ class Settings(BaseSettings):
         return self.home / "adapters"
 
     @property
+    def uploads(self) -> Path:
+        """Where uploads lie while they arrive."""
+        return self.home / "uploads"
+
+    @property
     def checkpoints(self) -> Path:
         return self.home / "checkpoints"
 
     @property
     def models(self) -> Path:
         return self.home / "models"
+
+
+def assigned(assignments: Iterable[str]) -> dict[str, Any]:
+    """``["server.port=0"]`` as ``{"server": {"port": "0"}}``, for `load_settings`, which reads texts as what each
+    setting is; lists, objects and quoted texts are JSON.
+
+    Raises:
+        ConfigError: one of them assigns nothing, or to something inside a value.
+    """
+    tree: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set '{assignment}' sets nothing; write e.g. --set memory.pool_slots=8192")
+        *sections, name = key.strip().split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--set '{assignment}': '{section}' has a value already")
+        place[name] = _value(text)
+    return tree
+
+
+def _value(text: str) -> Any:
+    if text[:1] in ("[", "{", '"'):
+        with contextlib.suppress(ValueError):
+            return json.loads(text)
+    return text
 
 
 def load_settings(config: Path | None = None, **flags: Any) -> Settings:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +20,16 @@ from harli_appliance.config import Settings, Sizes
 from harli_appliance.device.cuda import CudaLanes
 from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.engine.lanes import Lane
+from harli_appliance.errors import HarliError
 from harli_appliance.memory.pool import SlotPool
 from harli_appliance.runtime.text import TextCodec
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.training.backbone import Backbone
+from harli_appliance.training.dataset import read_examples
 from harli_appliance.training.exercise import Exercise
 from harli_appliance.training.hyperparameters import adapter_name
 from harli_appliance.training.job_run import JobRun, RunOptions
+from harli_appliance.training.packing import Encoded, encode
 from harli_appliance.training.queue import JobQueue
 from harli_appliance.training.rehearsal import rehearsal_slots, rehearse
 from harli_appliance.training.submission import refuse_unfit
@@ -35,6 +39,9 @@ if TYPE_CHECKING:
     from harli_appliance.runtime.sglang_runtime import SglangRuntime
 
 log = structlog.get_logger(__name__)
+
+ENCODED_AT_ONCE = 64
+"""Examples that are encoded in one piece of work: what serving wants back is let go between two."""
 
 
 class Finetuner:
@@ -83,14 +90,16 @@ class Finetuner:
         """Raise if a job with these files could never run here."""
         refuse_unfit(job, files, self._backbone, self._codec, self._buffers, self._pool.leasable)
 
-    def start_job(self, job: Job, data: Path, held_out: Path | None) -> JobRun:
-        """On the training lane."""
+    async def start_job(self, job: Job, data: Path, held_out: Path | None) -> JobRun:
+        """A job's run; its files are read and encoded first."""
         training = self._settings.training
-        return JobRun(
+        examples = await self._encoded(data)
+        kept_back = await self._encoded(held_out) if held_out is not None else []
+        return await self._lane.run(
+            JobRun,
             job,
-            data,
+            examples,
             self._backbone.twin(),
-            self._codec,
             self._buffers,
             RunOptions(
                 window_tokens=self._sizes.window_tokens,
@@ -101,8 +110,19 @@ class Finetuner:
                 fuses=lambda: self._scheduler.fuses,
             ),
             self._pool.leasable,
-            held_out,
+            kept_back,
         )
+
+    async def _encoded(self, data: Path) -> list[Encoded]:
+        """The examples of a file, encoded on the training lane, a few at a time."""
+        examples, found = read_examples(data), list[Encoded]()
+
+        def some() -> list[Encoded]:
+            return [encode(example, self._codec) for example in islice(examples, ENCODED_AT_ONCE)]
+
+        while piece := await self._lane.run(some):
+            found += piece
+        return found
 
     async def finish_job(self, job: Job, run: JobRun) -> None:
         """Keep the adapter, serve it where it can be, and only then say that the job has succeeded."""
@@ -111,7 +131,12 @@ class Finetuner:
         if job.download_only:
             self._shelf.keep_off(adapter_name(job))
         else:
-            await self._shelf.put(adapter_name(job), folder, job.id)
+            try:
+                await self._shelf.put(adapter_name(job), folder, job.id)
+            except HarliError as error:  # what was learned is kept all the same
+                log.error("an adapter cannot be served", adapter=adapter_name(job), why=error.message)
+                message = f"The adapter can be downloaded, but not served: {error.message}"
+                await self._queue.event(job.id, "warn", message)
         await self._queue.succeed(job.id, folder, job.lora_rank)
         await asyncio.to_thread(run.discard_checkpoints)
 

@@ -56,7 +56,7 @@ SloClass = Literal["interactive", "standard", "batch"]
 
 
 class Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")
 
 
 class Percentiles(Wire):
@@ -253,6 +253,8 @@ class Timeline(Wire):
 
 class PolicyChange(Wire):
     """Body of ``POST /harli/v1/policy``; fields left out stay as they are."""
+
+    model_config = ConfigDict(extra="forbid")
 
     policy: PolicyName | None = None
     slo_tpot_ms: float | None = None

@@ -19,8 +19,8 @@ from typing import Any
 
 import structlog
 
-from harli_appliance.config import Settings, load_settings
-from harli_appliance.errors import ConfigError, HarliError
+from harli_appliance.config import Settings, assigned, load_settings
+from harli_appliance.errors import HarliError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,32 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=VALUE", dest="settings")
     options = parser.parse_args(arguments)
     try:
-        settings = load_settings(options.config, **_nested(options.settings))
+        settings = load_settings(options.config, **assigned(options.settings))
         _configure_logging(settings)
         _limit_threads()
         return asyncio.run(_serve(settings))
     except HarliError as error:
         print(f"harli: {error.message}", file=sys.stderr)
         return error.exit_code
-
-
-def _nested(assignments: list[str]) -> dict[str, Any]:
-    """``["server.port=0"]`` as ``{"server": {"port": 0}}``; values are JSON where they parse as it."""
-    tree: dict[str, Any] = {}
-    for assignment in assignments:
-        key, separator, text = assignment.partition("=")
-        if not separator:
-            raise ConfigError(f"--set {assignment}: write it as section.key=VALUE")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        *sections, leaf = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
-    return tree
 
 
 def _configure_logging(settings: Settings) -> None:

@@ -34,6 +34,7 @@ from harli_appliance.training.job_run import JobRun, RunOptions
 from harli_appliance.training.trainer import Trainer
 from harli_appliance.training.validation import Standing
 from tests.conftest import Serving
+from tests.encoding import encoded
 from tests.test_runtime import greedy, prompt
 
 SEQUENCE_TOKENS = 64
@@ -78,6 +79,8 @@ class FakeQueue:
 
     def __init__(self, jobs: Sequence[Job], data: Path) -> None:
         self.job = jobs[-1]
+        self.jobs = {job.id: job for job in jobs}
+        """As their rows are now."""
         self.data = data
         self.asking: dict[str, Literal["pause", "cancel"]] = {}
         self.paused = asyncio.Event()
@@ -119,8 +122,9 @@ class FakeQueue:
     async def file_path(self, file_id: str) -> Path:
         return self.data
 
-    async def begun(self, job_id: str, step: int, total_steps: int) -> None:
+    async def begun(self, job_id: str, step: int, total_steps: int) -> Job:
         assert 0 <= step < total_steps
+        return self.jobs[job_id]
 
     async def progress(self, job_id: str, step: int, total: int, tokens: int, loss: float | None) -> None:
         self.told[job_id].append(loss)
@@ -205,12 +209,12 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
         )
         slots: dict[str, int] = {}
 
-        def start(job: Job, data: Path, held_out: Path | None) -> JobRun:
-            run = JobRun(
+        async def start(job: Job, data: Path, held_out: Path | None) -> JobRun:
+            run = await lane.run(
+                JobRun,
                 job,
-                data,
+                encoded(data, codec),
                 backbone.twin(),
-                codec,
                 (serving.slots.k_buffers, serving.slots.v_buffers),
                 options,
                 pool.leasable,

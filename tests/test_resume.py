@@ -25,6 +25,7 @@ from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.job_run import JobRun, RunOptions
 from harli_appliance.training.packing import examples_of_step
 from harli_appliance.training.units import MicroBatch
+from tests.encoding import encoded
 from tests.test_coserving import a_job, lesson  # noqa: F401  a fixture
 
 STEPS = 6
@@ -56,8 +57,9 @@ class Bench:
     ) -> JobRun:
         options = RunOptions(16, 64, 1, keep, self._home / home, fuses)
         job = replace(a_job(epochs=2, dropout=dropout), **changes)
-        data = data or self._data
-        return JobRun(job, data, self.backbone, self._codec, self.buffers, options, leasable, held_out)
+        examples = encoded(data or self._data, self._codec)
+        kept_back = encoded(held_out, self._codec) if held_out is not None else []
+        return JobRun(job, examples, self.backbone, self.buffers, options, leasable, kept_back)
 
     def copy_checkpoint(self, source: str, target: str, step: int) -> None:
         (folder,) = (self._home / source).glob(f"*/step-{step:06d}")

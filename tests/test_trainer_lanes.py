@@ -146,8 +146,8 @@ class Queue:
     async def progress(self, *_: object) -> None:
         return None
 
-    async def begun(self, *_: object) -> None:
-        return None
+    async def begun(self, *_: object) -> Any:
+        return SimpleNamespace(priority=1)
 
     def asked(self, job_id: str) -> None:
         return None
@@ -181,13 +181,16 @@ def watched(grant: Callable[..., Any], device: Device) -> Callable[..., Any]:
 def trainer_of(queue: Queue, pool: SlotPool, run: Any, lane: DeviceLane, **more: Any) -> Trainer:
     """A trainer of one job, which sets `queue.done` when it ends."""
 
+    async def start(job: Any, path: Any, held_out: Any) -> Any:
+        return run
+
     async def finish(job: Any, run: Any) -> None:
         queue.done.set()
 
     trainer = Trainer(
         queue,  # type: ignore[arg-type]
         pool,
-        start_job=lambda job, path, held_out: run,
+        start_job=start,
         finish_job=finish,
         order=FirstCome(),
         max_running=1,

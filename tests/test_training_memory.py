@@ -21,6 +21,7 @@ from harli_appliance.runtime.weights import shared_model
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.job_run import JobRun, RunOptions
 from tests.conftest import Serving
+from tests.encoding import encoded
 from tests.test_coserving import a_job, lesson  # noqa: F401  a fixture
 
 
@@ -50,9 +51,8 @@ class Job:
         self._profile.start()
         self.run = JobRun(
             a_job(dropout=0.1),
-            data,
+            encoded(data, TextCodec(serving.folder)),
             backbone,
-            TextCodec(serving.folder),
             self.buffers,
             options,
             self._pool.leasable,

@@ -194,7 +194,12 @@ class Answer:
 
     def _chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
         return ChatChunk(
-            id=self._id, created=self._created, model=self._body.model, choices=choices, usage=usage
+            id=self._id,
+            created=self._created,
+            model=self._body.model,
+            choices=choices,
+            usage=usage,
+            service_tier=self._tier,
         )
 
     def _event(self, chunk: ChatChunk) -> bytes:

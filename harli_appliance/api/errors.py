@@ -29,9 +29,6 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 REQUEST_ID = web.RequestKey("request_id", str)
 
-MOST_FINDINGS = 100
-"""Faults of a training file that one response lists; `harli data check` shows all."""
-
 log = structlog.get_logger(__name__)
 
 
@@ -72,7 +69,7 @@ def error_detail(error: HarliError) -> dict[str, object]:
     """The value of ``{"error": ...}``."""
     detail = ErrorDetail(message=error.message, type=error.type, param=error.param, code=error.code)
     if isinstance(error, DatasetError):
-        detail.findings = [_finding(finding) for finding in error.findings[:MOST_FINDINGS]]
+        detail.findings = [_finding(finding) for finding in error.findings]
     body = detail.model_dump(mode="json")
     if detail.findings is None:
         del body["findings"]

@@ -47,7 +47,7 @@ class FileQuery(Query):
 class FileRoutes:
     def __init__(self, port: FineTuning, settings: Settings) -> None:
         self._port = port
-        self._uploads = settings.home / "uploads"
+        self._uploads = settings.uploads
         self._max_mib = settings.server.max_upload_mib
 
     def routes(self) -> list[web.RouteDef]:

@@ -126,6 +126,7 @@ class ChatChunk(WireObject):
     model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
+    service_tier: str | None = None
     system_fingerprint: str | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,9 +35,11 @@ def check(
 
     lengths = _lengths(model)
     if lengths is None:
-        report = check_dataset(file)
+        report = check_dataset(file, max_findings=sys.maxsize)
     else:
-        report = check_dataset(file, count_tokens=lengths.count, context_length=lengths.context)
+        report = check_dataset(
+            file, count_tokens=lengths.count, context_length=lengths.context, max_findings=sys.maxsize
+        )
     if json:
         print_json(report.as_json())
     else:

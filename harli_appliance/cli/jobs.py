@@ -248,7 +248,7 @@ def download(
     url: Url = None,
 ) -> None:
     """Fetch the adapter of a finished job, in PEFT's format."""
-    folder = talk(url, lambda client: client.download_adapter(job_id, out))
+    folder = of_job(url, job_id, lambda client, id: client.download_adapter(id, out))
     if json:
         print_json({"folder": str(folder)})
     else:

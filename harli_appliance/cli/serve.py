@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,29 +24,6 @@ def parse_ms(text: str) -> float:
     if found is None or float(found[1]) == 0:
         raise typer.BadParameter(f"'{text}' is no duration; write e.g. 200ms")
     return float(found[1]) * (1000.0 if found[2] == "s" else 1.0)
-
-
-def parse_assignment(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise typer.BadParameter(
-            f"'{text}' sets nothing; write e.g. memory.pool_slots=8192", param_hint="--set"
-        )
-    return key.strip(), value
-
-
-def nested(assignments: dict[str, str]) -> dict[str, Any]:
-    """{"server.port": "1"} as {"server": {"port": "1"}}."""
-    tree: dict[str, Any] = {}
-    for key, value in assignments.items():
-        *sections, name = key.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise typer.BadParameter(f"'{key}' is inside a setting that has a value", param_hint="--set")
-        place[name] = value
-    return tree
 
 
 def serve(
@@ -75,7 +52,6 @@ def serve(
     json: Annotated[bool, typer.Option("--json", help="Write logs as JSON lines.")] = False,
 ) -> None:
     """Serve a model, and finetune it in the time that is left."""
-    assignments = dict(parse_assignment(text) for text in set_ or [])
     named = {
         "server.host": host,
         "server.port": port,
@@ -85,16 +61,17 @@ def serve(
         "scheduling.calibration": "always" if calibrate else None,
         "logging.json_lines": "true" if json else None,
     }
-    assignments |= {key: str(value) for key, value in named.items() if value is not None}
+    flags = [f"{key}={value}" for key, value in named.items() if value is not None]
+    assignments = [*(set_ or []), *flags]
 
-    from harli_appliance.config import load_settings
+    from harli_appliance.config import assigned, load_settings
 
-    load_settings(config, **nested(assignments))
+    load_settings(config, **assigned(assignments))
     arguments = [sys.executable, "-m", MODULE]
     if config is not None:
         arguments += ["--config", str(config)]
-    for key, value in assignments.items():
-        arguments += ["--set", f"{key}={value}"]
+    for assignment in assignments:
+        arguments += ["--set", assignment]
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, arguments)  # noqa: S606 - our own module, without a shell

@@ -6,6 +6,7 @@ Knows polling. An appliance that restarts in between keeps its jobs, so a short 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 
@@ -20,6 +21,19 @@ from harli_appliance.schema import ENDED
 POLL_S = 0.5
 SILENCE_S = 60.0
 """How long an appliance that answered before may be gone."""
+
+
+class Silence:
+    """Whether an appliance that answered before has been gone for too long; one that never did has."""
+
+    def __init__(self) -> None:
+        self._since = -math.inf
+
+    def heard(self) -> None:
+        self._since = time.monotonic()
+
+    def too_long(self) -> bool:
+        return time.monotonic() - self._since > SILENCE_S
 
 
 async def new_events(client: HarliClient, job_id: str, seen: str | None) -> list[JobEventObject]:
@@ -41,14 +55,20 @@ async def each_event(
     client: HarliClient, job_id: str, show: Callable[[JobEventObject], None], *, follow: bool
 ) -> None:
     seen: str | None = None
+    silence = Silence()
     while True:
-        # The state first: what happens between the two calls is then shown before it ends.
-        ended = (await client.job(job_id)).status in ENDED
-        for event in await new_events(client, job_id, seen):
-            show(event)
-            seen = event.id
-        if ended or not follow:
-            return
+        try:
+            # The state first: what happens between the two calls is then shown before it ends.
+            ended = (await client.job(job_id)).status in ENDED
+            for event in await new_events(client, job_id, seen):
+                show(event)
+                seen = event.id
+            silence.heard()
+            if ended or not follow:
+                return
+        except ApplianceUnavailable:
+            if silence.too_long():
+                raise
         await asyncio.sleep(POLL_S)
 
 
@@ -64,7 +84,8 @@ async def until_ended(client: HarliClient, job_id: str) -> JobObject:
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(job.id, total=None, loss="")
-        heard = time.monotonic()
+        silence = Silence()
+        silence.heard()
         while True:
             progress.update(
                 task,
@@ -78,7 +99,7 @@ async def until_ended(client: HarliClient, job_id: str) -> JobObject:
             await asyncio.sleep(POLL_S)
             try:
                 job = await client.job(job_id)
-                heard = time.monotonic()
+                silence.heard()
             except ApplianceUnavailable:
-                if time.monotonic() - heard > SILENCE_S:
+                if silence.too_long():
                     raise

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import structlog
 
@@ -19,6 +21,8 @@ from harli_appliance.errors import HarliError, NotFound, UsageError
 from harli_appliance.runtime.protocol import Runtime
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False, slots=True)
@@ -43,7 +47,7 @@ class AdapterShelf:
         self._kept_off: set[str] = set()
         self._using: dict[str, Version] = {}
         self._changing = asyncio.Lock()
-        self._unloading: set[asyncio.Task[None]] = set()
+        self._unfinished: set[asyncio.Task[Any]] = set()
 
     @property
     def versions(self) -> tuple[Version, ...]:
@@ -56,6 +60,9 @@ class AdapterShelf:
         Raises:
             UsageError: its files, rank or targets do not fit; what was served before still is.
         """
+        return await self._to_the_end(self._put(name, folder, job))
+
+    async def _put(self, name: str, folder: Path, job: str | None) -> Version:
         async with self._changing:
             version = Version(name, f"{name}#{uuid.uuid4().hex[:8]}", folder, job)
             # SGLang wants names to be unique among what is loaded, so versions carry their id as name too.
@@ -104,7 +111,7 @@ class AdapterShelf:
             self._unload(version)
 
     async def close(self) -> None:
-        await asyncio.gather(*self._unloading)
+        await asyncio.gather(*self._unfinished)
 
     def _known(self, name: str) -> Version:
         if name in self._kept_off and name not in self._current:
@@ -127,9 +134,17 @@ class AdapterShelf:
             self._unload(version)
 
     def _unload(self, version: Version) -> None:
-        task = asyncio.create_task(self._unload_now(version))
-        self._unloading.add(task)
-        task.add_done_callback(self._unloading.discard)
+        self._begin(self._unload_now(version))
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._unfinished.add(task)
+        task.add_done_callback(self._unfinished.discard)
+        return task
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`, which goes on when the caller is cancelled: what SGLang loads has a name then."""
+        return await asyncio.shield(self._begin(work))
 
     async def _unload_now(self, version: Version) -> None:
         try:

@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -147,14 +147,19 @@ class Engine:
     async def run(self) -> None:
         """Tick until cancelled."""
         sampler = asyncio.create_task(self._sample_forever())
+        failed = 0
         try:
             while True:
                 try:
                     await self._tick()
+                    failed = 0
                 except Exception:
                     # Planning failed: no batch is known to blame. Go on, and say so if it keeps happening.
                     log.exception("a tick failed")
                     self._faults.append(time.perf_counter())
+                    failed += 1
+                    if failed >= FAULTS_TO_DEGRADE:
+                        self._give_up()
                     await asyncio.sleep(FAULT_PAUSE_S)
         finally:
             sampler.cancel()
@@ -177,6 +182,7 @@ class Engine:
             return
         measured = await self._run(plan, decision)
         if decision.after:
+            self._arrange(replace(decision, mode="time_slice", split=None))
             await self._trainer.launch(decision.after, self._inference)
         if measured is not None:
             self._observe(step, decision, *measured)
@@ -210,7 +216,7 @@ class Engine:
         elastic = self._scheduler.elastic
         admitted = await self._inference.run(self._admit_and_plan, prompts, elastic)
         shortage = admitted.shortage
-        if elastic and admitted.plan is None and self._depth.waiting:
+        if elastic and admitted.plan is None and self._depth.waiting > self._depth.compiling:
             # Requests wait though the forecast saw enough: the runtime's own admission is stricter. Serving
             # comes first, so it gets what could be spared, and if that was not enough, everything.
             shortage = max(shortage, self._pool_use.spared or self._pool_use.leased)
@@ -255,7 +261,7 @@ class Engine:
         except Exception as error:
             log.exception("a serving step failed", requests=plan.requests)
             self._faults.append(time.perf_counter())
-            for item in await self._inference.run(self._runtime.recover, plan, error):
+            for item in await self._recovered(plan, error):
                 self._deliver(item, time.perf_counter())
             return None
         overlap = (self._training.busy_s() - busy) / max(outcome.seconds, 1e-9)
@@ -266,6 +272,22 @@ class Engine:
         self._output_tokens += produced
         self.telemetry.step(1e3 * outcome.seconds, produced)
         return 1e3 * outcome.seconds, overlap
+
+    async def _recovered(self, plan: StepPlan, error: Exception) -> Sequence[NewTokens]:
+        try:
+            return await self._inference.run(self._runtime.recover, plan, error)
+        except Exception:
+            log.exception("a failed step cannot be cleaned up", requests=plan.requests)
+            self._aborts.extend(plan.requests)
+            return [NewTokens(request, (), "error", error=str(error)) for request in plan.requests]
+
+    def _give_up(self) -> None:
+        """Planning fails again and again: nobody shall wait for what does not come."""
+        for request in list(self._streams):
+            self._aborts.append(request)
+            self._deliver(
+                NewTokens(request, (), "error", error="the engine cannot go on"), time.perf_counter()
+            )
 
     def _observe(self, step: Step, decision: Decision, took_ms: float, overlap: float) -> None:
         if decision.mode == "fused":

@@ -106,8 +106,11 @@ class StepOutcome:
 
 @dataclass(frozen=True, slots=True)
 class QueueDepth:
+    """Requests; `compiling` of the waiting ones wait for their grammar and for no slots."""
+
     running: int
     waiting: int
+    compiling: int = 0
 
 
 class Runtime(Protocol):

@@ -231,7 +231,8 @@ class SglangRuntime:
         running = {request.rid for request in scheduler.collect_inflight_reqs() if not request.finished()}
         if scheduler.chunked_req is not None:
             running.add(scheduler.chunked_req.rid)
-        return QueueDepth(len(running), len(scheduler.waiting_queue) + len(self._grammars))
+        compiling = len(self._grammars)
+        return QueueDepth(len(running), len(scheduler.waiting_queue) + compiling, compiling)
 
     # -- stepping ------------------------------------------------------------------------------------
 

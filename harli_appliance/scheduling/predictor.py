@@ -169,15 +169,16 @@ class Predictor:
             "training_rates": dict(self._rates),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state; one from another version is ignored, since it can be learned again."""
+    def restore(self, state: Mapping[str, Any]) -> bool:
+        """Take over a saved state; False for one of another version, which is of no use."""
         if state.get("version") != _VERSION:
-            return
+            return False
         for key, saved in state["regimes"].items():
             stage, kind, split = key.split("/", 2)
             regime = self._regimes.setdefault((stage, kind, split), Regime(self._quantile))
             regime.restore(saved["samples"], saved["residuals"])
         self._rates.update(state["training_rates"])
+        return True
 
 
 def features_of(step: Step, fused_tokens: int = 0) -> Features:

@@ -23,16 +23,13 @@ from harli_appliance.training.activations import Buffers, footprint
 from harli_appliance.training.adapter import Adapter
 from harli_appliance.training.adapter_state import AdapterState
 from harli_appliance.training.backbone import Backbone
-from harli_appliance.training.dataset import read_examples
 from harli_appliance.training.dropout import sequence_key
 from harli_appliance.training.fit import fit, fitting_tokens
 from harli_appliance.training.kept_outputs import kept_slots
 from harli_appliance.training.learning_rate import learning_rate
 from harli_appliance.training.objectives import Likelihood, Objective, Preference
 from harli_appliance.training.packing import (
-    ChatEncoder,
     Encoded,
-    encode,
     examples_of_step,
     pack,
     size_of,
@@ -88,9 +85,10 @@ class JobRun:
     """The state of a running job.
 
     Args:
+        examples: what is learned from.
         buffers: the K and V buffers whose leased rows hold micro-batches.
         leasable: slots that can be leased at most; a job that needs more is refused.
-        held_out: examples on which the loss is computed at intervals, without learning from them.
+        kept_back: examples on which the loss is computed at intervals, without learning from them.
 
     Raises:
         JobFailed: the adapter's state and a micro-batch would not fit the pool.
@@ -99,21 +97,19 @@ class JobRun:
     def __init__(
         self,
         job: Job,
-        data: Path,
+        examples: Sequence[Encoded],
         backbone: Backbone,
-        encoder: ChatEncoder,
         buffers: Buffers,
         options: RunOptions,
         leasable: int,
-        held_out: Path | None = None,
+        kept_back: Sequence[Encoded] = (),
     ) -> None:
         self.job = job
         self.window_tokens = options.window_tokens
         self._backbone = backbone
         self._buffers = buffers
         self._options = options
-        self._examples = [encode(example, encoder) for example in read_examples(data)]
-        kept_back = [encode(example, encoder) for example in read_examples(held_out)] if held_out else []
+        self._examples = examples
         # Of preferences, the base model's log-probabilities of both answers; computed when first needed.
         pairs = len(self._examples) + len(kept_back) if job.method == "dpo" else 0
         self._references = torch.full((pairs, 2), torch.nan, dtype=torch.float64)

@@ -244,7 +244,12 @@ class JobQueue(FileLibrary, FineTuning):
         while True:
             await self._queued.wait()
             self._queued.clear()
-            if await self._database.run(job_rows.next_queued) is not None:
+            try:
+                found = await self._database.run(job_rows.next_queued) is not None
+            except BaseException:
+                self._queued.set()
+                raise
+            if found:
                 self._queued.set()
                 return
 
@@ -256,7 +261,11 @@ class JobQueue(FileLibrary, FineTuning):
         if not self._queued.is_set():
             return None
         self._queued.clear()
-        job = await self._database.run(self._start_next)
+        try:
+            job = await self._database.run(self._start_next)
+        except BaseException:
+            self._queued.set()  # nobody knows whether there is one
+            raise
         if job is not None:
             self._queued.set()  # there may be another
         return job
@@ -273,9 +282,9 @@ class JobQueue(FileLibrary, FineTuning):
         """What someone asked of this running job; cheap enough to look up before each work unit."""
         return self._asked.get(job_id)
 
-    async def begun(self, job_id: str, step: int, total_steps: int) -> None:
+    async def begun(self, job_id: str, step: int, total_steps: int) -> Job:
         """Keep how many steps a job that begins or resumes has made and will make."""
-        await self._database.run(
+        return await self._database.run(
             lambda db: job_rows.update_running(db, job_id, step=step, total_steps=total_steps)
         )
 

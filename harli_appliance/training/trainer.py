@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import structlog
 
 from harli_appliance.api.ports import Job
-from harli_appliance.errors import HarliError
+from harli_appliance.errors import ApplianceUnavailable, HarliError
 from harli_appliance.memory.pool import Lease, SlotPool
 from harli_appliance.scheduling.types import Outlook, Split
 from harli_appliance.training.active_job import ActiveJob, RunningJob, Spent, Unfinished
@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
+STORE_RETRY_S = 1.0
+"""How long to wait before jobs are written down again, after the database could not be."""
 LEASE_RETRY_S = 0.02
 """How long a job waits before it asks again for slots that serving may need now; others may run meanwhile."""
 
@@ -48,7 +50,7 @@ class JobSource(Protocol):
     async def next_job(self) -> Job | None: ...
     async def wait_for_job(self) -> None: ...
     async def file_path(self, file_id: str) -> Path: ...
-    async def begun(self, job_id: str, step: int, total_steps: int) -> None: ...
+    async def begun(self, job_id: str, step: int, total_steps: int) -> Job: ...
     async def progress(
         self, job_id: str, step: int, total_steps: int, trained_tokens: int, loss: float | None
     ) -> None: ...
@@ -64,7 +66,8 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
-    """What the dashboard shows. `tokens` counts tokens whose backward pass is done and was not dropped."""
+    """What the dashboard shows. `tokens` counts tokens whose backward pass is done. It never falls: what was
+    dropped is not counted when it is done again."""
 
     tokens: int
     running: tuple[RunningJob, ...]
@@ -77,7 +80,7 @@ class Trainer:
     """Runs up to `max_running` jobs at a time.
 
     Args:
-        start_job: builds the run of a job (adapter, data, held-out data, optimizer); called on the training lane.
+        start_job: builds the run of a job (adapter, data, held-out data, optimizer).
         finish_job: takes over the finished adapter (serving it, recording it) and ends the job.
         memory_lane: the inference lane, on which the pool may be asked for slots.
         on_change: called when training begins or ceases to have work, so that an idle engine looks again.
@@ -90,7 +93,7 @@ class Trainer:
         queue: JobSource,
         pool: SlotPool,
         *,
-        start_job: Callable[[Job, Path, Path | None], JobRun],
+        start_job: Callable[[Job, Path, Path | None], Awaitable[JobRun]],
         finish_job: Callable[[Job, JobRun], Awaitable[None]],
         order: Order,
         max_running: int,
@@ -121,6 +124,7 @@ class Trainer:
         self.unit_times: defaultdict[str, UnitTimes] = defaultdict(UnitTimes)
         """Of units of the usual size, by kind."""
         self._tokens = 0.0
+        self._shown_tokens = 0
         self._dropped = 0
         self._swapped = 0
         self._swapping = SwapPredictor()
@@ -182,8 +186,9 @@ class Trainer:
         self.wake()
 
     def state(self) -> TrainerState:
+        self._shown_tokens = max(self._shown_tokens, round(self._tokens))
         return TrainerState(
-            tokens=round(self._tokens),
+            tokens=self._shown_tokens,
             running=tuple(active.shown(self._shares.of(job)) for job, active in self._active.items()),
             dropped_micro_batches=self._dropped,
             swapped_micro_batches=self._swapped,
@@ -195,19 +200,14 @@ class Trainer:
         """Train jobs, until cancelled. Then the optimizer steps that running jobs have made are kept."""
         try:
             while True:
-                await self._start_waiting_jobs()
-                await self._stop_asked_jobs()
-                if not self._active:
+                try:
+                    await self._go_on()
+                except ApplianceUnavailable as error:
+                    log.error("jobs wait for the database", why=error.message)
                     self._set_ready(False)
-                    await self._queue.wait_for_job()
-                    continue
-                chosen = self._order.next(self._unblocked())
-                if chosen is None:
-                    self._set_ready(False)
-                    await asyncio.sleep(LEASE_RETRY_S)
-                    continue
-                await self._take_turn(self._active[chosen])
+                    await asyncio.sleep(STORE_RETRY_S)
         finally:
+            self._set_ready(False)  # nobody may wait for units of a trainer that has ended
             await self._ran_on.run(_nothing)  # what was begun ends, though nobody waits for it any more
             for active in list(self._active.values()):
                 try:
@@ -216,17 +216,33 @@ class Trainer:
                     log.exception("the last steps of a job could not be kept", job=active.job.id)
                 await self._leave(active.job.id)
 
+    async def _go_on(self) -> None:
+        """Whatever is next: to start and stop jobs, one turn, or to wait."""
+        await self._start_waiting_jobs()
+        await self._stop_asked_jobs()
+        if not self._active:
+            self._set_ready(False)
+            await self._queue.wait_for_job()
+            return
+        chosen = self._order.next(self._unblocked())
+        if chosen is None:
+            self._set_ready(False)
+            await asyncio.sleep(LEASE_RETRY_S)
+            return
+        await self._take_turn(self._active[chosen])
+
     async def _start_waiting_jobs(self) -> None:
         while len(self._active) < self._max_running:
             job = await self._queue.next_job()
             if job is None:
                 return
+            self._set_ready(False)  # what follows is no unit: the engine must not wait for it
             await self._on_its_own(job, self._start(job))
 
     async def _start(self, job: Job) -> None:
         path = await self._queue.file_path(job.training_file)
         held_out = await self._queue.file_path(job.validation_file) if job.validation_file else None
-        run = await self._home.run(self._start_job, job, path, held_out)
+        run = await self._start_job(job, path, held_out)
         residence = Residence(
             run.state,
             self._pool,
@@ -239,7 +255,8 @@ class Trainer:
         )
         self._active[job.id] = ActiveJob(job, run, residence)
         self._order.join(job.id, job.priority)
-        await self._queue.begun(job.id, run.step, run.total_steps)
+        now = await self._queue.begun(job.id, run.step, run.total_steps)
+        self._order.reweigh(job.id, now.priority)  # it may have been changed meanwhile
 
     async def _stop_asked_jobs(self) -> None:
         """Pause or cancel what someone asked for, but not the job in the middle of its turn."""
@@ -257,13 +274,29 @@ class Trainer:
                 await work
             except Stopped:
                 await self._stop(job)
+        except ApplianceUnavailable as error:
+            # The database is at fault and not the job: it is queued again, and goes on from its last checkpoint.
+            log.error("a job waits for the database", job=job.id, why=error.message)
+            await self._leave(job.id)
+            await self._written(partial(self._queue.stopped, job.id))
         except HarliError as error:
             await self._leave(job.id)
-            await self._queue.fail(job.id, error.code, error.message)
+            await self._written(partial(self._queue.fail, job.id, error.code, error.message))
         except Exception as error:
             log.exception("finetuning job failed", job=job.id)
             await self._leave(job.id)
-            await self._queue.fail(job.id, "internal_error", f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            await self._written(partial(self._queue.fail, job.id, "internal_error", reason))
+
+    async def _written(self, write: Callable[[], Awaitable[Job]]) -> None:
+        """What has become of a job, as soon as the database takes it."""
+        while True:
+            try:
+                await write()
+                return
+            except ApplianceUnavailable:
+                self._set_ready(False)
+                await asyncio.sleep(STORE_RETRY_S)
 
     async def _leave(self, job_id: str) -> None:
         """Let go of everything that an ended job holds; one that never began holds nothing."""
