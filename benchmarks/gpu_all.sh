@@ -1,17 +1,19 @@
 #!/bin/sh
 # Measures everything on a machine with one NVIDIA GPU, torch for CUDA, and no network, in calls that each end by
-# themselves within ten minutes:
+# themselves within LIMIT seconds, ten minutes unless set:
 #
 #   benchmarks/gpu_all.sh KIT OUT install     once a machine: the wheels of KIT (make_gpu_kit.sh)
 #   benchmarks/gpu_all.sh KIT OUT device      partitions, bandwidth, graphs, decode floor, finetuning
 #   benchmarks/gpu_all.sh KIT OUT model       writes Llama-3-8B's shapes with random weights (16 GB)
 #   benchmarks/gpu_all.sh KIT OUT serve       whether SGLang starts, answers and finetunes; what stopped it if not
-#   benchmarks/gpu_all.sh KIT OUT compare     the policies; call it again until it says that it is complete
+#   benchmarks/gpu_all.sh KIT OUT compare     the policies: begins, or waits for what a call before has begun, which
+#                                             goes on by itself; call it again until it says that it is complete
 #   benchmarks/gpu_all.sh KIT OUT all         one after the other, each going on when the one before failed
 #
-# OUT receives the JSON files and a log of each call. The names of the splits are those of 132 SMs (H100, H200);
+# OUT receives the JSON files and a log of each call, and OUT.tgz all of it after each. The names of the splits are those of 132 SMs (H100, H200);
 # POLICIES names others, and LOADS, REPETITIONS and RUN_SECONDS measure more. Not yet run on a GPU.
 set -u
+self=$(realpath "$0")
 kit=$(realpath -m "${1:?usage: gpu_all.sh KIT OUT STAGE}")
 out=$(realpath -m "${2:?usage: gpu_all.sh KIT OUT STAGE}")
 cd "$(dirname "$0")/.."
@@ -23,8 +25,8 @@ shapes=${SHAPES:-llama-3-8b}
 limit=${LIMIT:-560}
 port=${PORT:-8321}
 slots=${SLOTS:-131072}
-policies=${POLICIES:-adaptive,harli,naive,static:32+100,static:64+68,static:96+36,time_slice,time_slice:64,serve_only}
-slos=${SLOS:-40ms,1.25x,1.5x,2x,4x}
+policies=${POLICIES:-adaptive,static:64+68,flexllm,time_slice,serve_only}
+slos=${SLOS:-1.5x,4x,40ms,1.25x,2x}
 loads=${LOADS:-0.6}
 repetitions=${REPETITIONS:-1}
 seconds=${RUN_SECONDS:-20}
@@ -33,19 +35,24 @@ mkdir -p "$out"
 export HARLI_HOME="${HARLI_HOME:-/tmp/harli-home}"
 export PYTHONPATH="$site:$PWD" SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 export HARLI_DEVICE__ATTENTION="${ATTENTION-triton}" # what the kit has kernels for
+export HARLI_MEMORY__POOL_SLOTS="$slots" # leaves room for the workspaces of every stream
+export SGLANG_IS_FLASHINFER_AVAILABLE=false # the kit has a stand-in, which only can be imported
+export CUDA_DEVICE_MAX_CONNECTIONS=32 # a hardware queue for each stream
+export TORCH_CUDNN_SDPA_DEPRIORITIZED=1 # it is compiled anew for every length
 harli() { timeout --signal=INT --kill-after=20 "$limit" "$python" -m harli_appliance.cli.main "$@"; }
 
 install() {
     "$python" -m pip --disable-pip-version-check install -q --no-index --no-deps --no-compile \
         --upgrade --target "$site" "$kit"/*.whl && "$python" -m zipfile -e "$kit/sgl_kernel.zip" "$site"
+    which nvcc ninja c++ # SGLang compiles four small kernels when it first runs
     harli doctor --json
 }
 device() { harli bench device --out "$out" --shapes "$shapes" --budget "$((limit - 100))"; }
 model() { timeout "$limit" "$python" -m harli_appliance.bench.random_model "$shapes" "$model"; }
 serve() {
     export HARLI_URL="http://127.0.0.1:$port"
-    "$python" -m harli_appliance.cli.main serve --port "$port" --model "$model" --set memory.pool_slots="$slots" \
-        2>"$out/serve.stderr" &
+    "$python" -m harli_appliance.cli.main serve --port "$port" --model "$model" \
+        --set logging.level=debug 2>"$out/serve.stderr" &
     server=$!
     trap 'kill "$server" 2>/dev/null' EXIT
     tried=0
@@ -53,7 +60,8 @@ serve() {
         tried=$((tried + 1))
         if [ $tried -gt 150 ] || ! kill -0 "$server" 2>/dev/null; then
             echo "it did not start; the last lines of what it said:"
-            tail -n 30 "$out/serve.stderr"
+            tail -n 60 "$out/serve.stderr"
+            kill "$server" 2>/dev/null
             return 1
         fi
         sleep 2
@@ -67,10 +75,24 @@ serve() {
     return $code
 }
 compare() {
+    if [ ! -e "$out/compare.pid" ] || ! kill -0 "$(cat "$out/compare.pid")" 2>/dev/null; then
+        setsid sh "$self" "$kit" "$out" compare-run >"$out/compare-run.log" 2>&1 &
+        echo $! >"$out/compare.pid"
+    fi
+    waited=0
+    while kill -0 "$(cat "$out/compare.pid")" 2>/dev/null && [ $waited -lt $((limit - 20)) ]; do
+        sleep 5
+        waited=$((waited + 5))
+    done
+    tail -n 40 "$out/compare-run.log"
+    kill -0 "$(cat "$out/compare.pid")" 2>/dev/null && echo "it goes on; call again to wait for it"
+    [ -e "$out/compare/report.json" ] && echo "it is complete"
+}
+compare_run() {
     resume=
     [ -e "$out/compare/plan.json" ] && resume=--resume
     # shellcheck disable=SC2086 # one flag or none
-    harli bench run --model "$model" --out "$out/compare" $resume --policies "$policies" --slo-tpot "$slos" \
+    "$python" -m harli_appliance.cli.main bench run --model "$model" --out "$out/compare" $resume --policies "$policies" --slo-tpot "$slos" \
         --loads "$loads" --repetitions "$repetitions" --seconds "$seconds" --prompt-scale 1 --output-scale 1 \
         --max-prompt-tokens "$prompt" --max-output-tokens "$answer" --sequence-tokens "$sequence"
 }
@@ -80,10 +102,12 @@ logged() {
     code=$?
     tail -n 40 "$out/$1.log"
     echo "== $1 ended with $code (all of it: $out/$1.log)"
+    tar czf "$out.tgz" -C "$(dirname "$out")" "$(basename "$out")"
     return $code
 }
 case $stage in
 install | device | model | serve | compare) logged "$stage" ;;
+compare-run) compare_run ;;
 all)
     failed=0
     for each in install device model serve compare; do logged "$each" || failed=1; done

@@ -33,9 +33,24 @@ from pathlib import Path
 
 source = next(Path(sys.argv[1]).glob("*.whl"))
 dropped = ("flash_ops", "flashmla_ops", "infllm_ops", "sm100/")
+SAMPLING = """\
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def missing(*a, **k):
+        raise NotImplementedError(name)
+
+    return missing
+"""
 with zipfile.ZipFile(source) as wheel, zipfile.ZipFile(sys.argv[2], "w", zipfile.ZIP_DEFLATED, compresslevel=9) as kit:
     for entry in wheel.infolist():
         if not any(part in entry.filename for part in dropped):
             kit.writestr(entry, wheel.read(entry.filename))
+    # SGLang imports these whatever it uses of them. FlashInfer is 18 MB; gpu_all.sh tells SGLang to do without.
+    kit.writestr("IPython/__init__.py", "")
+    kit.writestr("IPython/display.py", "HTML = display = None\n")
+    kit.writestr("flashinfer/__init__.py", "def bmm_fp8(*a, **k):\n    raise NotImplementedError\n")
+    kit.writestr("flashinfer/sampling.py", SAMPLING)
 PY
 du -sh "$kit"

@@ -84,6 +84,8 @@ class Finetuner:
 
         self._backbone = Backbone(await self._lane.run(shared_model, runtime.model, folder))
         if cuda is not None:
+            # torch prefers cuDNN's attention on Hopper, which is compiled anew for every length there is.
+            torch.backends.cuda.enable_cudnn_sdp(False)
             await self._rehearse(cuda, inference)
 
     def refuse_unfit(self, job: Job, files: Sequence[Path]) -> None:

@@ -24,6 +24,7 @@ from harli_appliance.bench.compare_store import CompareStore, Moment, Request, R
 from harli_appliance.bench.comparison import RunResult
 from harli_appliance.bench.exact_prompts import Prompts
 from harli_appliance.bench.traces import Trace, TraceRequest
+from harli_appliance.config import load_settings
 from harli_appliance.errors import ConfigError, UsageError
 from harli_appliance.scheduling.names import POLICY_NAMES
 
@@ -268,3 +269,15 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         Prompts(tmp_path)
     with pytest.raises(ConfigError, match="no such file"):
         Prompts(tmp_path / "none")
+
+
+def test_the_appliance_that_is_measured_has_what_the_machine_needs(tmp_path: Path) -> None:
+    plan = a_plan(sequence_tokens=64)
+    usual = plan.appliance_settings(tmp_path, load_settings())
+    assert usual == {
+        "model": {"path": str(tmp_path), "served_name": tmp_path.name},
+        "training": {"sequence_tokens": 64},
+    }
+    settings = load_settings(device={"attention": "triton"}, memory={"pool_slots": 4096}, server={"port": 1})
+    asked = plan.appliance_settings(tmp_path, settings)
+    assert asked == usual | {"device": {"attention": "triton"}, "memory": {"pool_slots": 4096}}

@@ -397,3 +397,23 @@ def test_the_lesson_fills_its_sequences(tmp_path: Path, prompts: Prompts) -> Non
     turns = json.loads(lines[0])["messages"]
     assert [turn["role"] for turn in turns] == ["user", "assistant"]
     assert sum(len(turn["content"].split()) for turn in turns) == 96
+
+
+@pytest.mark.parametrize(
+    "unkept",
+    [SloAsked(label="40ms", tpot_ms=40.0), SloAsked(label="56ms", tpot_ms=55.5)],
+    ids=["alone", "at any rate"],
+)
+def test_of_several_promises_one_that_serving_alone_cannot_keep_is_left_out(
+    tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch, unkept: SloAsked
+) -> None:
+    kept = PLAN.slos[0]
+    plan = PLAN.model_copy(
+        update={"slos": (kept, unkept), "policies": ("serve_only",), "loads": (40,), "repetitions": 1}
+    )
+    report = compare(plan, tmp_path, prompts, monkeypatch)
+    assert {run.slo for run in plan.runs() if CompareStore(tmp_path).has(run)} == {kept.label}
+    assert set(report["slos"] if "slos" in report else {kept.label: report["slo"]}) == {kept.label}
+    basis = CompareStore(tmp_path).basis()
+    assert basis is not None
+    assert basis.kept == {kept.label}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final
@@ -85,7 +85,8 @@ def _measure(
     plan: ComparePlan, store: CompareStore, settings: Settings, narrator: Narrator, serve: Sequence[str]
 ) -> None:
     """Make the runs that are missing."""
-    if store.basis() is not None and all(store.has(run) for run in plan.runs()):
+    basis = store.basis()
+    if basis is not None and all(store.has(run) for run in plan.runs(basis.kept)):
         return
     folder = fetch_model(plan.model, settings, narrator)
     telling = Steps(narrator)
@@ -93,22 +94,29 @@ def _measure(
         if plan.replay == "engine":
             task = {
                 "kind": "compare",
-                "settings": plan.appliance_settings(folder),
+                "settings": plan.appliance_settings(folder, settings),
                 "model": str(folder),
                 "out": str(store.folder),
             }
             asyncio.run(work_in_engine(task, home, store.folder / "engine.log", telling.tell))
         else:
-            asyncio.run(_over_http(plan, store, folder, home, telling.tell, serve))
+            asked = plan.appliance_settings(folder, settings)
+            asyncio.run(_over_http(plan, store, folder, asked, home, telling.tell, serve))
     telling.end()
 
 
 async def _over_http(
-    plan: ComparePlan, store: CompareStore, folder: Path, home: Path, tell: Tell, serve: Sequence[str]
+    plan: ComparePlan,
+    store: CompareStore,
+    folder: Path,
+    asked: Mapping[str, Mapping[str, str | int]],
+    home: Path,
+    tell: Tell,
+    serve: Sequence[str],
 ) -> None:
     """The appliance as ``harli serve`` runs it, asked by this process."""
     flags: dict[str, object] = {"server.host": "127.0.0.1", "server.port": 0}
-    for section, values in plan.appliance_settings(folder).items():
+    for section, values in asked.items():
         flags |= {f"{section}.{name}": value for name, value in values.items()}
     log = store.folder / "appliance.log"
     async with AsyncExitStack() as stack:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from harli_appliance.bench.traces import Trace
 from harli_appliance.bench.traces_read import load_trace
 from harli_appliance.bench.traces_synthetic import Bursts, synthetic_trace
+from harli_appliance.config import Settings
 from harli_appliance.errors import UsageError
 from harli_appliance.scheduling.names import POLICY_NAMES, check_policy
 
@@ -115,11 +116,25 @@ class ComparePlan(BaseModel):
             max_output_tokens=self.max_output_tokens,
         )
 
-    def appliance_settings(self, folder: Path) -> dict[str, dict[str, str | int]]:
-        """Of the appliance that is measured, as sections of ``harli.toml``; `folder` is the model's."""
+    def appliance_settings(self, folder: Path, settings: Settings) -> dict[str, dict[str, str | int]]:
+        """Of the appliance that is measured, as sections of ``harli.toml``.
+
+        Args:
+            folder: the model's.
+            settings: a person's, of which it takes over what the machine may need.
+        """
+        needed: dict[str, dict[str, str | int | None]] = {
+            "device": {"attention": settings.device.attention},
+            "memory": {"pool_slots": settings.memory.pool_slots},
+        }
+        set_ = {
+            section: {name: value for name, value in values.items() if value is not None}
+            for section, values in needed.items()
+        }
         return {
             "model": {"path": str(folder), "served_name": folder.name},
             "training": {"sequence_tokens": self.sequence_tokens},
+            **{section: values for section, values in set_.items() if values},
         }
 
     @property
@@ -127,12 +142,15 @@ class ComparePlan(BaseModel):
         """Of the stretch of the trace that one run replays."""
         return self.lead_s + self.seconds
 
-    def runs(self) -> Iterator[Run]:
-        """Every run, in the order in which they are made: all policies of a load one after the other, beginning
-        with another one each time, so that a machine that becomes slower or faster does so for all of them."""
+    def runs(self, slos: Container[str] | None = None) -> Iterator[Run]:
+        """Every run, or those of the promises with these labels, in the order in which they are made: all policies
+        of a load one after the other, beginning with another one each time, so that a machine that becomes slower
+        or faster does so for all of them."""
         turn = 0
         for repetition in range(self.repetitions):
             for slo in self.slos:
+                if slos is not None and slo.label not in slos:
+                    continue
                 for load in self.loads:
                     start = turn % len(self.policies)
                     turn += 1

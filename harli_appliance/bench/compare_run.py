@@ -79,7 +79,8 @@ class CompareRun:
     async def measure(self) -> None:
         """
         Raises:
-            UsageError: serving alone cannot keep a promise on this machine; said before the first run.
+            UsageError: serving alone cannot keep any promise on this machine; said before the first run. One that
+                it cannot keep is left out where there are others.
             HarliError: whatever the system refuses.
         """
         await self._session.open()
@@ -93,7 +94,7 @@ class CompareRun:
             await self._session.training.start()
         targets = {target.label: target for target in basis.targets}
         await self._warm_up(max(target.capacity_per_s for target in basis.targets))
-        runs = list(self._plan.runs())
+        runs = list(self._plan.runs(basis.kept))
         for number, run in enumerate(runs):
             if not self._store.has(run):
                 self._tell("Runs", number / len(runs), run.title)
@@ -111,16 +112,17 @@ class CompareRun:
         promises = self._promises(alone_ms)
         first = FIRST_RUNG * len(light) / sum(record.ended_at - record.sent_at for record in light)
         rungs = await climb(promises, first, plan.most_rungs, lambda rate: self._rung(rate, promises))
-        targets = []
+        targets: list[SloTarget] = []
         for promise in promises:
             found = capacity(promise, rungs)
             if found is None:
-                raise UsageError(
+                self._leave_out(
                     f"serving alone cannot keep {promise.label} ({promise.tpot_ms:.0f} ms per token, first token "
                     f"within {plan.ttft_ms:.0f} ms) on this machine at {rungs[0].rate_per_s:.2f} requests/s or "
                     "more; ask for a looser one with --slo-tpot or --slo-ttft",
-                    param="slo_tpot",
+                    last=not targets and promise is promises[-1],
                 )
+                continue
             found = await self._check_capacity(promise, found)
             targets.append(SloTarget(promise.label, promise.tpot_ms, plan.ttft_ms, found))
         return Basis(alone_ms, await self._train_alone(), tuple(targets), tuple(rungs), self._probe_ms)
@@ -141,15 +143,24 @@ class CompareRun:
         return records, pace
 
     def _promises(self, alone_ms: float) -> list[Promise]:
-        promises = [Promise(slo.label, slo.resolve(alone_ms)) for slo in self._plan.slos]
-        for promise in promises:
-            if promise.tpot_ms < alone_ms:
-                raise UsageError(
-                    f"serving alone cannot keep {promise.label} on this machine: one request at a time takes "
-                    f"{alone_ms:.1f} ms per token (p99); ask for more with --slo-tpot",
-                    param="slo_tpot",
-                )
+        promises: list[Promise] = []
+        for slo in self._plan.slos:
+            promise = Promise(slo.label, slo.resolve(alone_ms))
+            if promise.tpot_ms >= alone_ms:
+                promises.append(promise)
+                continue
+            self._leave_out(
+                f"serving alone cannot keep {promise.label} on this machine: one request at a time takes "
+                f"{alone_ms:.1f} ms per token (p99); ask for more with --slo-tpot",
+                last=not promises and slo is self._plan.slos[-1],
+            )
         return promises
+
+    def _leave_out(self, why: str, *, last: bool) -> None:
+        """Go on without a promise, if another is left."""
+        if last:
+            raise UsageError(why, param="slo_tpot")
+        self._tell("Left out", 1.0, why)
 
     async def _rung(self, rate: float, promises: Sequence[Promise]) -> Rung:
         plan = self._plan

@@ -48,6 +48,11 @@ class Basis:
     ladder: tuple[Rung, ...]
     probe_ms: float
 
+    @property
+    def kept(self) -> set[str]:
+        """Labels of the promises that serving alone keeps on this machine."""
+        return {target.label for target in self.targets}
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

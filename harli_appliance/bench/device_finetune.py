@@ -21,12 +21,12 @@ from harli_appliance.bench.device_rig import Place, Rig
 from harli_appliance.bench.device_shapes import Shapes
 from harli_appliance.training.activations import footprint
 from harli_appliance.training.adapter import Adapter
+from harli_appliance.training.job_run import loss_tokens
 from harli_appliance.training.objectives import Likelihood
 from harli_appliance.training.packing import EncodedExample, pack
 from harli_appliance.training.units import MicroBatch
 
 RANK = 16
-LOSS_TOKENS = 16
 MICRO_BATCHES = 3
 RECLAIMS = 10
 MIB = 1 << 20
@@ -112,7 +112,7 @@ class Finetuning:
             buffers=self._buffers,
             slots=torch.arange(self._slots, device=self._rig.device),
             objective=Likelihood(float(self._shapes.sequence - 1)),
-            loss_tokens=LOSS_TOKENS,
+            loss_tokens=loss_tokens(self._shapes.window),
             dropout_key=0,
             gradients=self._gradients.__getitem__,
         )

@@ -47,7 +47,7 @@ def measure_in_engine(
             folder = fetch_model(plan.model, settings, narrator)
             task = {
                 "kind": kind,
-                "settings": plan.appliance_settings(folder),
+                "settings": plan.appliance_settings(folder, settings),
                 "plan": plan.model_dump(mode="json"),
                 "model": str(folder),
                 "out": str(out.absolute()),

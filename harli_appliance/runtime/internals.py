@@ -149,22 +149,27 @@ def check(relied_on: tuple[str, ...] = RELIED_ON) -> None:
         ApplianceUnavailable: another version is installed, or names are missing; says which and what to do.
     """
     installed = importlib.metadata.version("sglang")
-    missing = [name for name in relied_on if not _exists(name)]
+    broken: dict[str, str] = {}
+    missing = [name for name in relied_on if not _exists(name, broken)]
     if installed == SGLANG and not missing:
         return
     what = f"SGLang {installed} is installed; this appliance steps the internals of {SGLANG}"
     if missing:
         what += f", and {', '.join(missing[:3])}{' and more' if len(missing) > 3 else ''} cannot be found"
+    if broken:
+        what += f" ({next(iter(broken.values()))})"
     raise ApplianceUnavailable(
         f"{what}; run 'make setup', or pip install --no-deps sglang=={SGLANG}", code="wrong_sglang"
     )
 
 
-def _exists(name: str) -> bool:
+def _exists(name: str, broken: dict[str, str]) -> bool:
+    """Notes in `broken` why a module cannot be imported."""
     module, _, path = name.partition(":")
     try:
         found = importlib.import_module(module)
-    except ImportError:
+    except ImportError as error:
+        broken[module] = str(error)
         return False
     owner, _, member = path.partition(".")
     thing = getattr(found, owner, None)

@@ -11,6 +11,7 @@ requests themselves, so the detokenizer process and its sockets are not needed.
 
 from __future__ import annotations
 
+import os
 import time
 from array import array
 from collections.abc import Iterable, Sequence
@@ -34,6 +35,9 @@ from harli_appliance.runtime.protocol import (
 )
 
 cpu_stand_ins.install()
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+    # The prefix tree in Rust is built for torch 2.13 and takes an older one's tensors for something else.
+    os.environ.setdefault("SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND", "python")
 
 from sglang.srt.entrypoints.engine import _set_envs_and_config  # noqa: E402
 from sglang.srt.environ import envs  # noqa: E402
@@ -120,6 +124,11 @@ class SglangRuntime:
         if options.lora and options.device == "cpu":
             cpu_stand_ins.unpin_lora()
             import harli_appliance.runtime.lora_cpu  # noqa: F401  registers the backend
+        if options.lora and options.device != "cpu" and not options.graphs:
+            # Captured graphs run the adapters' kernels in any case; otherwise a batch without adapters needs none.
+            from sglang.srt.lora.backend.triton_backend import TritonLoRABackend
+
+            TritonLoRABackend.skip_inactive_lora_batches = True
         if options.device == "cpu":
             # SGLang compiles a function of three lines for the CPU, which takes seconds in the middle of a step.
             torch.compiler.set_stance("force_eager")

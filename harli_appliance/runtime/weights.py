@@ -50,7 +50,7 @@ def shared_model(sglang_model: nn.Module, folder: Path) -> Any:
         setattr(twin.get_submodule(module), leaf, nn.Parameter(locate(name), requires_grad=False))
     if config.tie_word_embeddings:
         twin.tie_weights()
-    _rebuild_buffers(twin, config)
+    _rebuild_buffers(twin, config, source["model.norm.weight"].device)
     assert_shared(twin, sglang_model)
     return twin.eval()
 
@@ -100,8 +100,11 @@ class _Locator:
         return found
 
 
-def _rebuild_buffers(twin: nn.Module, config: Any) -> None:
-    """Compute rotary tables and embedding scales again: buffers made on the meta device have no values."""
+def _rebuild_buffers(twin: nn.Module, config: Any, device: torch.device) -> None:
+    """Compute rotary tables and embedding scales again: buffers made on the meta device have no values.
+
+    They lie where the weights do; a unit that copied a table to the GPU would wait for whatever runs there.
+    """
     rebuilt: dict[str, nn.Module] = {}
     for name, buffer in list(twin.named_buffers()):
         if not buffer.is_meta:
@@ -114,4 +117,4 @@ def _rebuild_buffers(twin: nn.Module, config: Any) -> None:
             if module_name not in rebuilt:
                 rebuilt[module_name] = type(module)(config=config)
             value = getattr(rebuilt[module_name], leaf)
-        module.register_buffer(leaf, value, persistent=False)
+        module.register_buffer(leaf, value.to(device), persistent=False)
