@@ -29,7 +29,7 @@ def served(policy: str, slo_factor: float, *, change_s: float, end_s: float) -> 
     """
     tpot_s = slo_factor * step_s(1.0, corun=False)
     scheduler, slo = Scheduler(Predictor(), policy), SloTracker(1e3 * tpot_s, math.inf)
-    outlook = Outlook(ready=True, unit_ms=80.0, unit_tokens=128, micro_batch_units=90)
+    outlook = Outlook(ready=True, unit_ms=80.0, micro_batch_units=90)
     for index in range(64):  # what both cost before
         for corun in (False, True):
             step = Step("decode", BATCH, BATCH * (CONTEXT + index % 7))

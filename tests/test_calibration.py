@@ -121,12 +121,7 @@ async def test_every_split_is_measured_and_the_whole_device_only_alone(lanes: tu
     known = [predictor.solo(step), predictor.solo(step, halves), predictor.corun(step, halves)]
     assert None not in known
     assert predictor.corun(step) is None
-    assert [(decision.serve, decision.split) for decision in arranged] == [
-        (False, None),
-        (True, None),
-        (True, None),
-        (True, halves),
-    ]
+    assert [decision.split for decision in arranged] == [None, None, None, halves]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ SMALL, HALF = Split("small", 0.25, 0.75), Split("half", 0.5, 0.5)
 SPLITS = (SMALL, HALF)
 DECODE, PROMPT = Step("decode", 8, 8000), Step("prefill", 1, 2000, 2000)
 TPOT = 15.0
-READY = Outlook(True, unit_ms=1.0, unit_tokens=1024, micro_batch_units=100)
+READY = Outlook(True, unit_ms=1.0, micro_batch_units=100)
 NOW = Situation(DECODE, 100.0, TPOT, READY)
 WIDE = Room(pace_ms=math.inf, spend_ms=0.0, slack_ms=100.0)
 

@@ -212,7 +212,7 @@ def test_work_that_fails_is_waited_for() -> None:
 
 
 def decided(mode: Mode, **more: object) -> Decision:
-    return Decision(mode, "because", serve=True, units=1, **more)  # type: ignore[arg-type]
+    return Decision(mode, "because", units=1, **more)  # type: ignore[arg-type]
 
 
 def where(lanes: CudaLanes, cuda: FakeCuda) -> tuple[str, str]:

@@ -337,7 +337,7 @@ async def test_what_is_learned_is_learned_for_the_split_it_ran_on() -> None:
 
     class OnSplit(Scheduler):
         def decide(self, *args: Any) -> Decision:
-            return Decision("partition", "always", serve=True, units=0, split=half)
+            return Decision("partition", "always", units=0, split=half)
 
     half = Split("64+68", 64 / 132, 68 / 132)
     trainer = NoTraining()
@@ -349,8 +349,8 @@ async def test_what_is_learned_is_learned_for_the_split_it_ran_on() -> None:
 @pytest.mark.parametrize(
     "decision",
     [
-        Decision("partition", "always", serve=True, units=0, split=Split("64+68", 0.5, 0.5), after=2),  # type: ignore[arg-type]
-        Decision("fused", "always", serve=True, units=1, fused_tokens=64, after=2),  # type: ignore[arg-type]
+        Decision("partition", "always", units=0, split=Split("64+68", 0.5, 0.5), after=2),  # type: ignore[arg-type]
+        Decision("fused", "always", units=1, fused_tokens=64, after=2),  # type: ignore[arg-type]
     ],
     ids=["beside training", "fused"],
 )

@@ -23,8 +23,8 @@ class HyperparametersBody(Body):
     OpenAI's learning_rate_multiplier scales a rate that OpenAI keeps to itself; here the rate itself is said.
     """
 
-    n_epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
-    batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    n_epochs: Annotated[int, Field(ge=1, le=100)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=1024)] | None = None
     learning_rate_multiplier: object = None
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     lora_rank: Annotated[int, Field(ge=1, le=256)] | None = None
@@ -106,7 +106,7 @@ class JobBody(Body):
     model: Annotated[str, Field(min_length=1)]
     training_file: Annotated[str, Field(min_length=1)]
     validation_file: Annotated[str, Field(min_length=1)] | None = None
-    suffix: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = None
+    suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")] | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     method: MethodBody | None = None
     hyperparameters: HyperparametersBody | None = None

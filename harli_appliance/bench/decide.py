@@ -29,7 +29,7 @@ DECISIONS = 20_000
 """Of each policy; so many that 200 of them are above the 99th percentile."""
 TAUGHT = 4_000
 TPOT_MS = 100.0
-READY = Outlook(ready=True, unit_ms=20.0, unit_tokens=128, micro_batch_units=240)
+READY = Outlook(ready=True, unit_ms=20.0, micro_batch_units=240)
 
 
 def run(out: Path, as_json: bool) -> int:

@@ -23,10 +23,6 @@ class Partition:
     def inference_share(self) -> float:
         return len(self.inference) / (len(self.inference) + len(self.training))
 
-    @property
-    def disjoint(self) -> bool:
-        return not set(self.inference) & set(self.training)
-
 
 def cpu_partition(inference: Sequence[int] | None = None, training: Sequence[int] | None = None) -> Partition:
     """Split the cores this process may use: half each when nothing is asked for.

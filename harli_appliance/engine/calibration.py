@@ -131,9 +131,9 @@ class Calibration:
     async def _measure(self, part: Round, split: Split | None, *, beside: bool) -> list[_Sample]:
         """Steps of a round; where asked for, every other one of a kind has units beside it."""
         if split is None:
-            self._arrange(Decision("pause", "measuring", serve=True, units=0))
+            self._arrange(Decision("pause", "measuring", units=0))
         else:
-            self._arrange(Decision("partition", "measuring", serve=True, units=UNLIMITED, split=split))
+            self._arrange(Decision("partition", "measuring", units=UNLIMITED, split=split))
         await self._inference.run(self._submit, part)
         samples: list[_Sample] = []
         following = dict.fromkeys(("prefill", "decode"), False)
@@ -166,7 +166,7 @@ class Calibration:
             await self._timed(self._unit, split)
 
     async def _units_alone(self, unit: Callable[[], None]) -> None:
-        self._arrange(Decision("training", "measuring", serve=False, units=UNLIMITED))
+        self._arrange(Decision("training", "measuring", units=UNLIMITED))
         for _ in range(UNITS_ALONE):
             await self._timed(unit, None)
         await self._training.drain()

@@ -102,7 +102,7 @@ class Engine:
         self._aborts: deque[str] = deque()
         self._refused: deque[NewTokens] = deque()
         self._depth = QueueDepth(0, 0)
-        self._decision = Decision("idle", "nothing_to_do", serve=False, units=0)
+        self._decision = Decision("idle", "nothing_to_do", units=0)
         self._ticks: Counter[Reason] = Counter()
         self._pool_use = pool.use()
         self._output_tokens = 0

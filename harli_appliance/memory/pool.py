@@ -1,6 +1,6 @@
 """The slot pool: who owns which KV-cache slot, leases for training, and reclaim by serving.
 
-Invariants (checked by `check`, by property tests, and by SGLang's own leak check when idle):
+Invariants (checked by property tests and by SGLang's own leak check when idle):
 
 - every slot has exactly one owner: free + serving + cached + leased = size;
 - serving comes first: a lease is granted only from what admitted and waiting requests cannot ask for, above
@@ -70,7 +70,6 @@ class PoolUse:
 
     Attributes:
         leases: every lease, the oldest first.
-        forecast: slots that admitted and waiting requests may still ask for (`SlotSource.demand`).
     """
 
     slots: int
@@ -81,7 +80,6 @@ class PoolUse:
     leased_max: int
     reclaims: int
     leases: tuple[LeaseUse, ...] = ()
-    forecast: int = 0
 
     @property
     def spared(self) -> int:
@@ -298,7 +296,6 @@ class SlotPool:
             leased_max=self._leased_max,
             reclaims=self._reclaims,
             leases=leases,
-            forecast=self._source.demand(),
         )
 
     def _take_back(self, lease: Lease) -> None:

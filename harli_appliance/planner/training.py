@@ -37,7 +37,6 @@ class SimulatedTraining:
         self._units = round(mix.forward + mix.backward) * windows
         self._forward_share = mix.forward_share
         self._forward = tokens * mix.forward_share
-        self._window = device.window_tokens
         self._fuses = device.fuses
         self._at = 0.0
         self._forward_unit = self._forward / (mix.forward * windows)
@@ -50,9 +49,9 @@ class SimulatedTraining:
 
     def outlook(self) -> Outlook:
         if not self.leased:
-            return Outlook(False, self.unit_ms, self._window)
+            return Outlook(False, self.unit_ms)
         fusable = self.forward_tokens_left if self._fuses else 0
-        return Outlook(True, self.unit_ms, self._window, self._units_left(), fusable)
+        return Outlook(True, self.unit_ms, self._units_left(), fusable)
 
     @property
     def forward_tokens_left(self) -> int:

@@ -10,8 +10,6 @@ from typing import Literal, NamedTuple, Protocol
 from harli_appliance.scheduling.reasons import Reason
 from harli_appliance.schema import Mode
 
-UnitKind = Literal["forward", "loss", "backward", "step"]
-
 FORWARD_SHARE = 1.0 / 3.0
 """Of a training token's work: 2 of 6 FLOPs a parameter, since backward computes each layer again."""
 UNLIMITED = 1 << 30
@@ -48,7 +46,6 @@ class Outlook:
     """What training could do next: whether a job has work, and how long one unit takes (NaN: unknown).
 
     Attributes:
-        unit_tokens: tokens of the window that units work on.
         fusible_tokens: tokens of the micro-batch in work whose forward pass has not begun; 0 where a window is
             half way through the layers, in its other passes, and where steps cannot be fused.
         micro_batch_units: units until the micro-batch in work is through, the optimizer's step included where
@@ -57,7 +54,6 @@ class Outlook:
 
     ready: bool
     unit_ms: float = math.nan
-    unit_tokens: int = 0
     micro_batch_units: int = 0
     fusible_tokens: int = 0
 
@@ -134,7 +130,6 @@ class Decision:
     Attributes:
         mode: how the lanes are used.
         reason: why; `reasons.in_words` says it to a person.
-        serve: whether the planned step runs now.
         units: work units that training may start until the next decision; the next tick waits for a limited
             number of them.
         bound: the prediction for this step in this mode, None without a step or before there are samples.
@@ -145,7 +140,6 @@ class Decision:
 
     mode: Mode
     reason: Reason
-    serve: bool
     units: int
     bound: Bound | None = None
     split: Split | None = None

@@ -26,12 +26,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from harli_appliance.scheduling.policies.policy import Situation, beside, pause
+from harli_appliance.scheduling.policies.policy import MOST_UNITS, Situation, beside, pause
 from harli_appliance.scheduling.types import FORWARD_SHARE, Bound, Costs, Decision, Split, Step
 
 FUSED_TOKENS = (64, 128, 192, 256, 384, 512)
-MOST_UNITS = 64
-"""Of one slice, however much room there is: a request that arrives waits for the slice to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +107,7 @@ def cheapest(
     if not units:
         return chosen.decision
     if chosen is alone:
-        return Decision("time_slice", "slack_left", serve=True, units=units, bound=solo)
+        return Decision("time_slice", "slack_left", units=units, bound=solo)
     return replace(chosen.decision, after=units)
 
 
@@ -140,7 +138,7 @@ def _fused(step: Step, now: Situation, costs: Costs, alone_rate: float) -> Itera
             break
         bound = costs.fused(step, tokens)
         if bound is not None:
-            decision = Decision("fused", "fused_fits", serve=True, units=1, bound=bound, fused_tokens=tokens)
+            decision = Decision("fused", "fused_fits", units=1, bound=bound, fused_tokens=tokens)
             yield Candidate(decision, bound, alone_rate * bound.expected_ms - 1e3 * FORWARD_SHARE * tokens)
 
 

@@ -26,4 +26,4 @@ class EveryNSteps(Policy):
             return pause("not_its_turn", bound)
         self._since = 0
         units = max(1, now.outlook.micro_batch_units)
-        return Decision("time_slice", "its_turn", serve=True, units=units, bound=bound)
+        return Decision("time_slice", "its_turn", units=units, bound=bound)

@@ -43,10 +43,10 @@ class FlexLlm(Policy):
         if now.outlook.fusible_tokens:
             tokens = min(self._tokens, now.outlook.fusible_tokens)
             bound = costs.fused(step, tokens)
-            return Decision("fused", "fused_budget", serve=True, units=1, bound=bound, fused_tokens=tokens)
+            return Decision("fused", "fused_budget", units=1, bound=bound, fused_tokens=tokens)
         known = math.isfinite(now.outlook.unit_ms)
         units = max(1, int(self._backward_ms / now.outlook.unit_ms)) if known else 1
-        return Decision("time_slice", "backward_between", serve=True, units=units, bound=solo)
+        return Decision("time_slice", "backward_between", units=units, bound=solo)
 
     def _profile(self, step: Step, solo: Bound, tpot_ms: float, costs: Costs) -> bool:
         """Set the budget; False while nothing is known that it could be set from."""

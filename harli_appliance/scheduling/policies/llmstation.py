@@ -26,4 +26,4 @@ class LlmStation(Policy):
             self._promise = now.tpot_ms
             self._units = max(1, int(now.tpot_ms / now.outlook.unit_ms))
         bound = costs.corun(step)
-        return Decision("partition", "its_tasklet", serve=True, units=self._units, bound=bound)
+        return Decision("partition", "its_tasklet", units=self._units, bound=bound)

@@ -23,6 +23,9 @@ from harli_appliance.scheduling.types import (
     Step,
 )
 
+MOST_UNITS = 64
+"""Of one slice, however much room there is: a request that arrives waits for the slice to end."""
+
 
 @dataclass(frozen=True, slots=True)
 class Situation:
@@ -67,8 +70,8 @@ class Policy(ABC):
     def alone(self, outlook: Outlook) -> Decision:
         """Nothing to serve: train if there is something to train."""
         if outlook.ready:
-            return Decision("training", "nothing_to_serve", serve=False, units=UNLIMITED)
-        return Decision("idle", "nothing_to_do", serve=False, units=0)
+            return Decision("training", "nothing_to_serve", units=UNLIMITED)
+        return Decision("idle", "nothing_to_do", units=0)
 
     @abstractmethod
     def share(self, step: Step, now: Situation, costs: Costs) -> Decision:
@@ -77,9 +80,9 @@ class Policy(ABC):
 
 def pause(reason: Reason, bound: Bound | None) -> Decision:
     """Serve, while training waits."""
-    return Decision("pause", reason, serve=True, units=0, bound=bound)
+    return Decision("pause", reason, units=0, bound=bound)
 
 
 def beside(reason: Reason, bound: Bound | None, split: Split | None) -> Decision:
     """Serve, and train beside it."""
-    return Decision("partition", reason, serve=True, units=UNLIMITED, bound=bound, split=split)
+    return Decision("partition", reason, units=UNLIMITED, bound=bound, split=split)

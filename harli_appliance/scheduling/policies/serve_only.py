@@ -8,7 +8,7 @@ from harli_appliance.scheduling.types import Costs, Decision, Outlook, Step
 
 class ServeOnly(Policy):
     def alone(self, outlook: Outlook) -> Decision:
-        return Decision("idle", "policy_serve_only", serve=False, units=0)
+        return Decision("idle", "policy_serve_only", units=0)
 
     def share(self, step: Step, now: Situation, costs: Costs) -> Decision:
         return pause("policy_serve_only", costs.solo(step))

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import math
 
-from harli_appliance.scheduling.policies.policy import Policy, Situation, pause
+from harli_appliance.scheduling.policies.policy import MOST_UNITS, Policy, Situation, pause
 from harli_appliance.scheduling.types import UNLIMITED, Costs, Decision, Step
-
-MOST_UNITS = 64
-"""Of one slice, however much room there is: a request that arrives waits for the slice to end."""
 
 
 class TimeSlice(Policy):
@@ -27,4 +24,4 @@ class TimeSlice(Policy):
         units = UNLIMITED if math.isinf(spare) else max(0, int(spare / now.outlook.unit_ms))
         if units == 0:
             return pause("no_slack", bound)
-        return Decision("time_slice", "slack_left", serve=True, units=min(units, MOST_UNITS), bound=bound)
+        return Decision("time_slice", "slack_left", units=min(units, MOST_UNITS), bound=bound)

@@ -11,4 +11,4 @@ class TrainOnly(Policy):
         return "none" if outlook.ready else "all"
 
     def share(self, step: Step, now: Situation, costs: Costs) -> Decision:
-        return Decision("training", "policy_train_only", serve=False, units=UNLIMITED)
+        return Decision("training", "policy_train_only", units=UNLIMITED)
