@@ -167,13 +167,12 @@ class Trainer:
         self._lane = lane or self._home
         self._window = window
         self._place = place
-        if self._spent is not None and not self._spent.done():
-            self._spent.set_result(None)
-        self._spent = asyncio.get_running_loop().create_future()
+        self._end_waiting()
+        self._spent = spent = asyncio.get_running_loop().create_future()
         if units <= 0 or not self._ready:
-            self._spent.set_result(None)
+            self._end_waiting()
         self._changed.set()
-        return self._spent
+        return spent
 
     def wake(self) -> None:
         """Look again at what is asked of the jobs, also while nothing is allowed."""
@@ -519,8 +518,7 @@ class Trainer:
             if self._allowance > 0:
                 return True
             self._changed.clear()
-            if self._spent is not None and not self._spent.done():
-                self._spent.set_result(None)
+            self._end_waiting()
             await self._changed.wait()
 
     async def _execute(self, active: ActiveJob, unit: WorkUnit) -> float:
@@ -557,10 +555,15 @@ class Trainer:
     def _set_ready(self, ready: bool) -> None:
         changed = ready != self._ready
         self._ready = ready
-        if not ready and self._spent is not None and not self._spent.done():
-            self._spent.set_result(None)
+        if not ready:
+            self._end_waiting()
         if changed:
             self._on_change()
+
+    def _end_waiting(self) -> None:
+        """What was allowed has run, or will not."""
+        if self._spent is not None and not self._spent.done():
+            self._spent.set_result(None)
 
 
 def _nothing() -> None:
