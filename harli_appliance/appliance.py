@@ -385,6 +385,7 @@ class Appliance:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if was_ready:
             await self._completions.close()
+            await self._shelf.close()
         await asyncio.to_thread(self._monitor.close)
         await asyncio.to_thread(self._training.close)
         await asyncio.to_thread(self._inference.close)

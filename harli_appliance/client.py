@@ -21,7 +21,7 @@ from typing import IO, Any, TypeVar
 from urllib.parse import quote
 
 import aiohttp
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from harli_appliance.api.wire import (
     ChatChunk,
@@ -308,7 +308,7 @@ class HarliClient:
                 yield response
         except aiohttp.InvalidURL as error:
             raise UsageError(f"'{self.base_url}' is no URL of an appliance") from error
-        except ValueError as error:  # no JSON, or none of ours
+        except (ValidationError, json.JSONDecodeError) as error:  # not ours, or no JSON
             raise ApplianceUnavailable(
                 f"what answers at {self.base_url} is no appliance of this version; check --url"
             ) from error

@@ -372,7 +372,7 @@ def _value(text: str) -> Any:
     return text
 
 
-def load_settings(config: Path | None = None, **flags: Any) -> Settings:
+def load_settings(config: Path | None = None, /, **flags: Any) -> Settings:
     """Read the settings.
 
     Args:

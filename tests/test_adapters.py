@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,30 @@ async def test_a_version_that_cannot_be_loaded_leaves_the_old_one(lane: Lane) ->
     with pytest.raises(UsageError):
         await shelf.put("otter", Path("corrupt"))
     assert shelf.begin("otter", "r2") == served
+
+
+async def test_what_is_loaded_has_a_name_although_nobody_waits_for_it_any_more(lane: Lane) -> None:
+    loading, go_on = threading.Event(), threading.Event()
+
+    class SlowRuntime(NotingRuntime):
+        def load_adapter(self, adapter_id: str, name: str, path: str) -> None:
+            loading.set()
+            assert go_on.wait(10)
+            super().load_adapter(adapter_id, name, path)
+
+    runtime = SlowRuntime()
+    shelf = AdapterShelf(runtime, lane)  # type: ignore[arg-type]
+    putting = asyncio.create_task(shelf.put("otter", Path("one"), "ftjob-1"))
+    assert await asyncio.to_thread(loading.wait, 10)
+    putting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await putting
+    assert shelf.versions == ()
+    go_on.set()
+    await shelf.close()
+    (version,) = shelf.versions
+    assert (version.name, version.job) == ("otter", "ftjob-1")
+    assert runtime.loaded == [version.adapter_id] == [shelf.begin("otter", "r1")]
 
 
 def make_adapter(reference: Any, folder: Path, seed: int, rank: int = 4, rslora: bool = False) -> Path:

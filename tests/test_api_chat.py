@@ -165,6 +165,9 @@ async def test_a_service_tier_chooses_the_class(
     async with http.post("/v1/chat/completions", json=body) as response:
         assert (await response.json())["service_tier"] == answered
     assert port.calls[-1].slo_class == slo_class
+    async with http.post("/v1/chat/completions", json={**body, "stream": True}) as response:
+        *chunks, _, _ = (await response.text()).split("\n\n")
+    assert {json.loads(chunk[6:])["service_tier"] for chunk in chunks} == {answered}
 
 
 async def test_a_tier_that_is_not_known_is_refused(http: aiohttp.ClientSession) -> None:

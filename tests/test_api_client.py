@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import tarfile
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from pydantic import ValidationError
 
 from harli_appliance.client import HarliClient, StreamedText, StreamEnd, _unpack
 from harli_appliance.errors import (
@@ -23,8 +28,8 @@ from harli_appliance.errors import (
     UnsupportedParameter,
     UsageError,
 )
-from harli_appliance.schema import PolicyChange
-from tests.fakes import BASE, FakeAppliance, listening, words
+from harli_appliance.schema import PolicyChange, Status
+from tests.fakes import BASE, FakeAppliance, listening, make_status, words
 
 HELLO = [{"role": "user", "content": "hi"}]
 
@@ -133,6 +138,38 @@ async def test_a_key(port: FakeAppliance) -> None:
         async with HarliClient(listener.url, "wrong") as client:
             with pytest.raises(AuthenticationError):
                 await client.models()
+
+
+async def test_another_server_is_told_from_an_appliance() -> None:
+    async def page(request: web.Request) -> web.Response:
+        return web.Response(text="<html>Hello</html>", content_type="text/html")
+
+    async def others(request: web.Request) -> web.Response:
+        model = {"id": "gpt", "object": "model", "created": 1, "owned_by": "another"}
+        return web.json_response({"object": "list", "data": [model]})
+
+    app = web.Application()
+    app.router.add_get("/harli/v1/status", page)
+    app.router.add_get("/v1/fine_tuning/jobs", page)
+    app.router.add_get("/v1/models", others)
+    app.router.add_post("/harli/v1/policy", others)
+    async with TestServer(app) as server, HarliClient(str(server.make_url("/"))) as client:
+        for call in (
+            client.status,
+            client.jobs,
+            client.models,
+            partial(client.change_policy, PolicyChange()),
+        ):
+            with pytest.raises(ApplianceUnavailable, match=rf"127\.0\.0\.1:{server.port} .* check --url"):
+                await call()
+
+
+def test_what_a_newer_appliance_tells_besides_is_no_fault() -> None:
+    told = json.loads(make_status().model_dump_json())
+    told["weather"] = told["serving"]["weather"] = "fine"
+    assert Status.model_validate(told) == make_status()
+    with pytest.raises(ValidationError, match="weather"):
+        PolicyChange.model_validate({"policy": "adaptive", "weather": "fine"})
 
 
 async def test_nobody_there() -> None:

@@ -13,13 +13,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
 import torch
 
+from harli_appliance.appliance import Appliance
+from harli_appliance.config import load_settings
+from harli_appliance.errors import Conflict, UsageError
 from harli_appliance.runtime.text import TextCodec
+from harli_appliance.scheduling.predictor import Predictor
+from harli_appliance.scheduling.scheduler import Scheduler
+from harli_appliance.scheduling.slo import SloTracker
+from harli_appliance.scheduling.types import Split
+from harli_appliance.schema import PolicyChange
 from tests.test_coserving import lesson  # noqa: F401  a fixture
 
 START_S = 120
@@ -356,3 +365,58 @@ def test_what_cannot_start_says_so_in_one_line(tiny_model: Path, tmp_path: Path,
 def _home_of(process: Process) -> str:
     variables = Path(f"/proc/{process.child.pid}/environ").read_bytes().split(b"\0")
     return next(v.partition(b"=")[2].decode() for v in variables if v.startswith(b"HARLI_HOME="))
+
+
+async def test_half_an_upload_of_a_process_that_was_killed_is_removed(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = load_settings(
+        home=tmp_path / "home", model={"path": str(tiny_model)}, memory={"pool_slots": 512}
+    )
+    settings.uploads.mkdir(parents=True)
+    (settings.uploads / "half").write_text("{")
+    appliance = await Appliance.open(settings)
+    try:
+        assert not settings.uploads.exists()
+        settings.uploads.mkdir()
+        (settings.uploads / "arriving").write_text("{")
+        with pytest.raises(Conflict):
+            await Appliance.open(settings)
+        assert (settings.uploads / "arriving").exists(), "it is the first one's, which runs"
+    finally:
+        await appliance.close()
+
+
+def an_appliance(splits: tuple[Split, ...], policy: str) -> Any:
+    """Ready, and nothing of it but what the policy is changed with."""
+    appliance: Any = object.__new__(Appliance)
+    appliance._state = "ready"
+    appliance._cuda = SimpleNamespace(splits=splits)
+    appliance._slo = SloTracker(50.0, 1000.0)
+    scheduler = appliance._scheduler = Scheduler(Predictor(), policy, splits)
+    appliance._engine = SimpleNamespace(use_policy=scheduler.use)
+
+    async def status() -> tuple[str, float, float]:
+        return scheduler.policy_name, appliance._slo.target.tpot_ms, appliance._slo.target.ttft_ms
+
+    appliance.status = status
+    return appliance
+
+
+async def test_a_change_that_is_refused_changes_nothing() -> None:
+    appliance = an_appliance((Split("64+68", 64 / 132, 68 / 132),), "adaptive")
+    with pytest.raises(UsageError):
+        await appliance.change_policy(PolicyChange(policy="static:99+33", slo_tpot_ms=99.0, slo_ttft_ms=9.0))
+    assert await appliance.status() == ("adaptive", 50.0, 1000.0)
+    changed = await appliance.change_policy(PolicyChange(policy="static:64+68", slo_tpot_ms=99.0))
+    assert changed == ("static:64+68", 99.0, 1000.0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "followed"),
+    [("adaptive", "time_slice"), ("static:64+68", "time_slice"), ("time_slice:64", "time_slice:64")],
+)
+async def test_lanes_take_turns_on_a_gpu_that_cannot_be_split(wanted: str, followed: str) -> None:
+    changed = await an_appliance((), "serve_only").change_policy(PolicyChange(policy=wanted))
+    assert changed == (followed, 50.0, 1000.0)

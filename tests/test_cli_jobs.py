@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from harli_appliance.cli.main import run
+from harli_appliance.client import HarliClient
+from harli_appliance.errors import ApplianceUnavailable
 from tests.cli_rig import (  # noqa: F401  fixtures
     LINE,
     Out,
@@ -191,6 +193,48 @@ def test_events_are_followed_to_the_end_without_repeating(
     assert messages == ["job created", "step 1", "done"]
 
 
+def test_events_are_followed_over_a_short_silence(
+    port: FakeAppliance, training_file: Path, out: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(["jobs", "create", str(training_file)])
+    out()
+    looks = 0
+    look = HarliClient.job
+
+    async def restarts(client: HarliClient, job_id: str):  # type: ignore[no-untyped-def]
+        nonlocal looks
+        looks += 1
+        if looks in (3, 4):
+            raise ApplianceUnavailable("the appliance is stopping")
+        if looks == 6:
+            port.happen(job_id, "done")
+            port.update(job_id, status="succeeded")
+        return await look(client, job_id)
+
+    monkeypatch.setattr(HarliClient, "job", restarts)
+    monkeypatch.setattr("harli_appliance.cli.watching.POLL_S", 0.01)
+    assert run(["jobs", "events", "ftjob-0", "--follow", "--json"]) == 0
+    assert [json.loads(line)["message"] for line in out()[0].splitlines()] == ["job created", "done"]
+    looks = 2
+    assert run(["jobs", "events", "ftjob-0", "--follow"]) == 3
+    assert out() == ("", "harli: the appliance is stopping\n"), "it had not answered yet"
+    monkeypatch.setattr("harli_appliance.cli.watching.SILENCE_S", 0.0)
+    port.update("ftjob-0", status="running")
+    looks = 0
+    assert run(["jobs", "events", "ftjob-0", "--follow"]) == 3
+    assert looks == 3
+
+
+def test_data_check_tells_of_every_bad_line(tmp_path: Path, out: Out) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("[]\n" * 250)
+    assert run(["data", "check", str(bad)]) == 1
+    stdout = out()[0]
+    assert [f"{bad}:{line}: error:" in stdout for line in range(1, 251)] == [True] * 250
+    assert run(["data", "check", str(bad), "--json"]) == 1
+    assert [error["line"] for error in json.loads(out()[0])["errors"]] == list(range(1, 251))
+
+
 def test_data_check(training_file: Path, tmp_path: Path, out: Out) -> None:
     assert run(["data", "check", str(training_file), "--json"]) == 0
     report = json.loads(out()[0])
@@ -247,3 +291,6 @@ def test_the_adapter_of_a_job_is_fetched(
     assert (tmp_path / "ftjob-0" / "adapter_config.json").read_text() == "{}"
     assert run(["jobs", "download", "ftjob-0", "--out", str(tmp_path)]) == 2
     assert "there already" in out()[1]
+    for told in ("last", "0", "ft:1"):
+        assert run(["jobs", "download", told, "--out", str(tmp_path / told)]) == 0
+        assert (tmp_path / told / "ftjob-0" / "adapter_config.json").exists()

@@ -18,6 +18,7 @@ from harli_appliance.config import (
     SloSettings,
     StepLimits,
     TrainingSettings,
+    assigned,
     load_settings,
     setting_names,
 )
@@ -123,6 +124,44 @@ def test_a_gpu_promises_more_unless_it_is_said_what():
         assert kinds == sorted(kinds, key=lambda promise: promise.ttft_ms)
 
 
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("server.api_key=123456", "123456"),
+        ("server.api_key=null", "null"),
+        ("server.api_key=true", "true"),
+        ("server.api_key=a=b", "a=b"),
+        ("server.api_key=", ""),
+        (" server.api_key =[[", "[["),
+        ('server.api_key="quoted = text"', "quoted = text"),
+        ('server.api_key="half', '"half'),
+        ("server.api_key=[0, 1]", [0, 1]),
+        ('server.api_key={"a": null}', {"a": None}),
+    ],
+)
+def test_what_is_assigned_is_text_unless_it_is_written_as_json(assignment: str, value: object):
+    assert assigned([assignment]) == {"server": {"api_key": value}}
+
+
+def test_assignments_are_read_as_what_each_setting_is():
+    assignments = ["server.api_key=123456", "server.port=1", "device.inference_cores=[0, 1]", "server.port=2"]
+    assignments += [
+        'model.served_name="tiny"',
+        'slo.batch.api_keys=["7"]',
+        "training.enabled=false",
+        "home=here",
+    ]
+    settings = load_settings(None, **assigned(assignments))
+    assert settings.server.api_key is not None
+    assert settings.server.api_key.get_secret_value() == "123456"
+    assert settings.server.port == 2, "the later one"
+    assert settings.device.inference_cores == (0, 1)
+    assert settings.model.served_name == "tiny"
+    assert [key.get_secret_value() for key in settings.slo.batch.api_keys] == ["7"]
+    assert settings.training.enabled is False
+    assert settings.home == Path("here").absolute()
+
+
 def test_home_comes_from_the_environment_or_the_users_data_folder(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     assert load_settings().home == tmp_path / "data" / "harli"
@@ -163,6 +202,21 @@ def test_a_wrong_file_is_refused_in_one_line_that_names_it(tmp_path: Path, toml,
         load_settings(path)
     assert error.value.message.startswith(f"{path}: ")
     assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("assignments", "said"),
+    [
+        (["server.port"], "--set 'server.port' sets nothing; write e.g. --set memory.pool_slots=8192"),
+        (["=5"], "--set '=5' sets nothing; write e.g. --set memory.pool_slots=8192"),
+        (["server.port=1", "server.port.x=2"], "--set 'server.port.x=2': 'port' has a value already"),
+        (["server=[]", "server.port=2"], "--set 'server.port=2': 'server' has a value already"),
+    ],
+)
+def test_what_assigns_nothing_is_refused(assignments: list[str], said: str):
+    with pytest.raises(ConfigError) as error:
+        assigned(assignments)
+    assert error.value.message == said
 
 
 def test_a_file_that_is_named_must_exist(tmp_path: Path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harli_appliance.engine.engine import Engine
+from harli_appliance.engine.engine import FAULTS_TO_DEGRADE, Engine
 from harli_appliance.engine.lanes import Lane
 from harli_appliance.errors import EngineFault, Overloaded, UsageError
 from harli_appliance.memory.pool import Lease, SlotCounts, SlotPool
@@ -184,6 +184,59 @@ async def test_five_faults_in_a_minute_are_degraded(rig: Rig) -> None:
     assert await tokens(engine, ask("good")) == [0, 1, 2, 3, 4]
 
 
+async def test_a_step_that_cannot_be_cleaned_up_ends_its_requests_and_nothing_else(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, runtime, _ = rig
+
+    def recover(plan: StepPlan, error: Exception) -> tuple[NewTokens, ...]:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(runtime, "recover", recover)
+    runtime.break_on = "bad"
+    with pytest.raises(EngineFault, match="kernel exploded"):
+        await asyncio.wait_for(tokens(engine, ask("bad")), 10)
+    assert await asyncio.wait_for(tokens(engine, ask("good")), 10) == [0, 1, 2, 3, 4]
+    assert not runtime.live, "the runtime has let go of both"
+    assert engine.slo.failed == 1
+
+
+async def test_nobody_waits_when_planning_fails_again_and_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, runtime, _ = rig
+    failures = 0
+
+    def plan(*, prompts: bool = True) -> StepPlan | None:
+        nonlocal failures
+        failures += 1
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr("harli_appliance.engine.engine.FAULT_PAUSE_S", 0.001)
+    with monkeypatch.context() as broken:
+        broken.setattr(runtime, "plan", plan)
+        with pytest.raises(EngineFault, match="cannot go on"):
+            await asyncio.wait_for(tokens(engine, ask("waiting", 10_000_000)), 10)
+    assert failures >= FAULTS_TO_DEGRADE
+    assert engine.degraded
+    assert await asyncio.wait_for(tokens(engine, ask("good")), 10) == [0, 1, 2, 3, 4]
+    assert not runtime.live
+
+
+async def test_planning_that_fails_once_ends_no_request(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, runtime, _ = rig
+    plan, looks = runtime.plan, iter(range(20))
+
+    def failing(*, prompts: bool = True) -> StepPlan | None:
+        if next(looks, 0) in (1, 2, 4, 5, 7, 8):
+            raise RuntimeError("out of memory")
+        return plan(prompts=prompts)
+
+    monkeypatch.setattr("harli_appliance.engine.engine.FAULT_PAUSE_S", 0.001)
+    monkeypatch.setattr(runtime, "plan", failing)
+    assert await asyncio.wait_for(tokens(engine, ask("patient")), 10) == [0, 1, 2, 3, 4]
+
+
 async def test_a_request_that_the_runtime_refuses_fails_alone(rig: Rig) -> None:
     engine, _, _ = rig
     good = asyncio.create_task(tokens(engine, ask("fine")))
@@ -242,6 +295,21 @@ async def test_requests_never_wait_for_slots_that_training_holds(rig: Rig) -> No
     found = await asyncio.wait_for(tokens(engine, ask("waiting")), 10)
     assert found == [0, 1, 2, 3, 4]
     assert lease.revoked
+
+
+async def test_requests_that_wait_for_their_grammar_take_nothing_from_training(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, runtime, _ = rig
+    leases: list[Lease] = []
+    lease = engine._pool.grant(10, lambda: leases[0].release())
+    assert lease is not None
+    leases.append(lease)
+    looks = iter(range(10))
+    runtime.blocked = lambda: next(looks, None) is not None
+    monkeypatch.setattr(runtime, "depth", lambda: QueueDepth(0, len(runtime.live), len(runtime.live)))
+    assert await asyncio.wait_for(tokens(engine, ask("compiling")), 10) == [0, 1, 2, 3, 4]
+    assert not lease.revoked
 
 
 async def test_requests_that_wait_for_others_are_looked_at_again(rig: Rig) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harli_appliance.errors import Conflict, NotFound, UsageError
+from harli_appliance.errors import ApplianceUnavailable, Conflict, NotFound, UsageError
 from harli_appliance.schema import TARGET_MODULES
 from harli_appliance.training.hyperparameters import MAX_SEED
 from harli_appliance.training.queue import JobQueue
@@ -386,3 +386,28 @@ async def test_the_checkpoints_of_a_running_job_stay_until_it_has_stopped(queue,
     (settings.checkpoints / job.id).mkdir(parents=True)
     assert (await queue.cancel_job(job.id)).status == "running"
     assert (settings.checkpoints / job.id).is_dir()
+
+
+async def test_a_database_that_cannot_be_asked_for_a_moment_loses_no_job(
+    queue, spec, database, monkeypatch: pytest.MonkeyPatch
+):
+    job = await queue.create_job(spec)
+
+    async def locked(work):
+        raise ApplianceUnavailable("the database is locked")
+
+    for ask in (queue.wait_for_job, queue.next_job):
+        with monkeypatch.context() as failing:
+            failing.setattr(database, "run", locked)
+            with pytest.raises(ApplianceUnavailable):
+                await ask()
+        await asyncio.wait_for(queue.wait_for_job(), 5)
+    assert (await queue.next_job()).id == job.id
+
+
+async def test_how_far_a_job_is_when_it_begins_comes_with_its_row_of_that_moment(queue, spec):
+    job = await queue.create_job(replace(spec, priority=10))
+    await queue.next_job()
+    await queue.set_priority(job.id, 90)
+    begun = await queue.begun(job.id, 2, 30)
+    assert (begun.priority, begun.step, begun.total_steps) == (90, 2, 30)

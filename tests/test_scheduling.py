@@ -82,14 +82,14 @@ def test_what_cannot_be_a_time_teaches_nothing(value: float) -> None:
 
 def test_its_state_survives_json() -> None:
     predictor, restored = taught(), Predictor()
-    restored.restore(json.loads(json.dumps(predictor.state(), allow_nan=False)))
+    assert restored.restore(json.loads(json.dumps(predictor.state(), allow_nan=False)))
     step = Step("decode", 5, 900)
     first, second = predictor.corun(step), restored.corun(step)
     assert first is not None
     assert second is not None
     assert second.upper_ms == pytest.approx(first.upper_ms, rel=0.05)
     stranger = Predictor()
-    stranger.restore({"version": 999, "regimes": {}})
+    assert not stranger.restore({"version": 999, "regimes": {}}), "it is of no use, so there is none"
     assert stranger.samples == 0
 
 

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.lanes import Lane
+from harli_appliance.errors import ApplianceUnavailable
 from harli_appliance.memory.pool import Lease, SlotCounts, SlotPool
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.scheduling.slo import SloTracker
 from harli_appliance.scheduling.types import Decision, Split
-from harli_appliance.training.fairness import FirstCome
+from harli_appliance.training.fairness import FirstCome, Order
 from harli_appliance.training.trainer import Trainer
 from harli_appliance.training.units import WorkUnit
 from tests.test_engine import NoTraining, ScriptedRuntime, ask, tokens
@@ -114,6 +115,7 @@ def fake_run(device: Device) -> Any:
         loss=None,
         window_tokens=8,
         checkpoint_due=False,
+        has_unkept_steps=False,
         micro_batches=lambda: 1,
         slots_of=lambda index: 10,
         spared_slots_of=lambda index: 4,
@@ -178,11 +180,13 @@ def watched(grant: Callable[..., Any], device: Device) -> Callable[..., Any]:
     return granted
 
 
-def trainer_of(queue: Queue, pool: SlotPool, run: Any, lane: DeviceLane, **more: Any) -> Trainer:
-    """A trainer of one job, which sets `queue.done` when it ends."""
+def trainer_of(
+    queue: Queue, pool: SlotPool, run: Any, lane: DeviceLane, order: Order | None = None, **more: Any
+) -> Trainer:
+    """A trainer of one job, which sets `queue.done` when it ends; `run` may be what makes its runs."""
 
     async def start(job: Any, path: Any, held_out: Any) -> Any:
-        return run
+        return run() if callable(run) else run
 
     async def finish(job: Any, run: Any) -> None:
         queue.done.set()
@@ -192,7 +196,7 @@ def trainer_of(queue: Queue, pool: SlotPool, run: Any, lane: DeviceLane, **more:
         pool,
         start_job=start,
         finish_job=finish,
-        order=FirstCome(),
+        order=order or FirstCome(),
         max_running=1,
         lane=lane,
         memory_lane=DeviceLane("memory", Device(), ahead=0),
@@ -222,10 +226,11 @@ async def answer_two_tokens(
 async def train(trainer: Trainer, queue: Queue, **allowed: Any) -> None:
     """One unit at a time, until the job has ended."""
     task = asyncio.create_task(trainer.run())
-    while not queue.done.is_set():
-        trainer.launch(1, **allowed)
-        await asyncio.sleep(0)
-        assert not task.done(), task.exception()
+    async with asyncio.timeout(60):
+        while not queue.done.is_set():
+            trainer.launch(1, **allowed)
+            await asyncio.sleep(0)
+            assert not task.done(), task.exception()
     task.cancel()
 
 
@@ -369,14 +374,19 @@ async def test_a_slice_follows_the_step_on_the_whole_device(decision: Decision) 
     runtime = ScriptedRuntime()
     execute = runtime.execute
     runtime.execute = lambda plan: happened.append("step") or execute(plan)  # type: ignore[method-assign, func-returns-value]
-    await answer_two_tokens(Always(Predictor(), "serve_only"), Noting(), runtime)
+
+    def arrange(decision: Decision) -> None:
+        happened.append(f"{decision.mode}, split: {decision.split and decision.split.name}")
+
+    await answer_two_tokens(Always(Predictor(), "serve_only"), Noting(), runtime, arrange=arrange)
     first = happened.index("step")
-    assert happened[first + 1] == "2 on inference"
+    assert happened[first + 1 : first + 3] == ["time_slice, split: None", "2 on inference"]
 
 
 async def test_a_step_begins_again_when_a_micro_batch_is_dropped_that_has_added_gradients() -> None:
     device, queue, leases = Device(), Queue(), []
     happened: list[str] = []
+    shown: list[int] = []
 
     class Adding(Batch):
         has_added = True
@@ -395,10 +405,12 @@ async def test_a_step_begins_again_when_a_micro_batch_is_dropped_that_has_added_
 
     def begin(index: int, slots: Tensor) -> Adding:
         happened.append(f"begin {index}")
+        shown.append(trainer.state().tokens)
         return Adding(unlucky=index == 1 and "drop 1" not in happened)
 
     def drop(index: int, batch: Batch) -> int:
         happened.append(f"drop {index}")
+        shown.append(trainer.state().tokens)
         return 0
 
     run = fake_run(device)
@@ -415,3 +427,181 @@ async def test_a_step_begins_again_when_a_micro_batch_is_dropped_that_has_added_
         "begin 0", "finish 0", "begin 1", "drop 1", "begin 0", "finish 0", "begin 1", "finish 1",
     ]  # fmt: skip
     assert trainer.state().tokens == 2 * 3 * 2, "what was done twice counts once"
+    assert shown == [0, 6, 8, 8, 8], "a counter that people watch never falls"
+
+
+class Locked(Queue):
+    """Its database cannot be written for the first so many calls of some methods."""
+
+    def __init__(self, **failures: int) -> None:
+        super().__init__()
+        self._row = self.jobs[0]
+        self._failures = failures
+        self.told: list[str] = []
+        self.look: Callable[[str], None] = lambda _: None
+
+    def _write(self, what: str) -> None:
+        if self._failures.get(what):
+            self._failures[what] -= 1
+            self.told.append(f"{what} refused")
+            self.look(what)
+            raise ApplianceUnavailable("the database is locked")
+        self.told.append(what)
+
+    async def next_job(self) -> Any:
+        if self.jobs:
+            self._write("next_job")
+        return await super().next_job()
+
+    async def begun(self, *progress: object) -> Any:
+        self._write("begun")
+        return self._row
+
+    async def progress(self, *_: object) -> None:
+        self._write("progress")
+
+    async def stopped(self, job_id: str) -> Any:
+        self._write("stopped")
+        self.jobs.append(self._row)
+        return SimpleNamespace(status="queued")
+
+    async def fail(self, job_id: str, code: str, message: str) -> None:
+        self._write("fail")
+        self.done.set()
+
+
+@pytest.fixture
+def _asked_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harli_appliance.training.trainer.STORE_RETRY_S", 0.001)
+
+
+@pytest.mark.usefixtures("_asked_again_soon")
+@pytest.mark.parametrize(
+    ("failures", "told"),
+    [
+        ({"next_job": 3}, [*["next_job refused"] * 3, "next_job", "begun", "progress"]),
+        (
+            {"begun": 1, "stopped": 2},
+            [
+                *["next_job", "begun refused", "stopped refused", "stopped refused", "stopped"],
+                *["next_job", "begun", "progress"],
+            ],
+        ),
+        (
+            {"progress": 2, "stopped": 1},
+            [
+                *["next_job", "begun", "progress refused", "stopped refused", "stopped"],
+                *["next_job", "begun", "progress refused", "stopped"],
+                *["next_job", "begun", "progress"],
+            ],
+        ),
+    ],
+    ids=["none can be taken", "none can begin", "none can be written down"],
+)
+async def test_a_job_goes_on_once_the_database_can_be_used_again(
+    failures: dict[str, int], told: list[str]
+) -> None:
+    device, queue = Device(), Locked(**failures)
+    lane, pool = DeviceLane("training", device, ahead=0), SlotPool(Slots(), watermark=0.0)
+    await train(trainer_of(queue, pool, lambda: fake_run(device), lane), queue, lane=lane)
+    assert queue.told == told
+    pool.settle()
+    assert pool.leases() == (), "a job that is put back holds nothing"
+
+
+@pytest.mark.usefixtures("_asked_again_soon")
+async def test_nobody_waits_for_units_while_the_database_is_locked() -> None:
+    device, queue = Device(), Locked(progress=1, stopped=4)
+    lane, pool = DeviceLane("training", device, ahead=0), SlotPool(Slots(), watermark=0.0)
+    trainer = trainer_of(queue, pool, lambda: fake_run(device), lane)
+    ready: list[bool] = []
+    queue.look = lambda what: ready.append(trainer.outlook().ready)
+    await train(trainer, queue, lane=lane)
+    assert ready == [False] * 5, "also while the first attempt waits, which takes seconds"
+
+
+@pytest.mark.usefixtures("_asked_again_soon")
+async def test_a_job_that_fails_is_failed_once_the_database_can_be_used_again() -> None:
+    device, queue = Device(), Locked(fail=3)
+    lane, pool = DeviceLane("training", device, ahead=0), SlotPool(Slots(), watermark=0.0)
+    run = fake_run(device)
+
+    def begin(index: int, slots: Tensor) -> Batch:
+        raise RuntimeError("out of memory")
+
+    run.begin = begin
+    trainer = trainer_of(queue, pool, run, lane)
+    await train(trainer, queue, lane=lane)
+    assert queue.told == ["next_job", "begun", *["fail refused"] * 3, "fail"]
+    assert not trainer.outlook().ready
+    assert trainer.state().running == ()
+
+
+async def test_a_trainer_that_has_ended_leaves_nobody_waiting() -> None:
+    device, queue = Device(), Queue()
+    lane = DeviceLane("training", device, ahead=0)
+    trainer = trainer_of(queue, SlotPool(Slots(), watermark=0.0), fake_run(device), lane)
+    task = asyncio.create_task(trainer.run())
+    while not trainer.outlook().ready:  # noqa: ASYNC110  the trainer tells nobody
+        await asyncio.sleep(0)
+    allowed = trainer.launch(1, lane=lane)
+    task.cancel()
+    await asyncio.wait([task])
+    await asyncio.wait_for(allowed, 5)
+    assert not trainer.outlook().ready
+
+
+async def test_nobody_waits_for_units_while_another_job_starts() -> None:
+    device, queue = Device(), Queue()
+    lane, starting, go_on = DeviceLane("training", device, ahead=0), asyncio.Event(), asyncio.Event()
+
+    async def file_path(file_id: str) -> None:
+        if file_id == "large":
+            starting.set()
+            await go_on.wait()
+
+    def begin(index: int, slots: Tensor) -> Batch:
+        if index == 0:
+            other = SimpleNamespace(id="other", training_file="large", validation_file=None, priority=1)
+            queue.jobs.append(other)
+        return Batch(device)
+
+    first, second = fake_run(device), fake_run(device)
+    first.begin, first.micro_batches, first.ends_step = begin, lambda: 2, lambda index: index == 1
+    runs = iter([first, second])
+    queue.file_path = file_path  # type: ignore[method-assign]
+    trainer = trainer_of(queue, SlotPool(Slots(), watermark=0.0), lambda: next(runs), lane)
+    trainer._max_running = 2
+    task = asyncio.create_task(train(trainer, queue, lane=lane))
+    await asyncio.wait_for(starting.wait(), 10)
+    assert not trainer.outlook().ready
+    go_on.set()
+    await task
+
+
+async def test_a_priority_that_is_changed_while_a_job_starts_is_not_lost() -> None:
+    device, queue = Device(), Queue()
+    lane = DeviceLane("training", device, ahead=0)
+    weights: list[float] = []
+
+    class Noting(FirstCome):
+        def join(self, name: str, weight: float) -> None:
+            super().join(name, weight)
+            weights.append(weight)
+
+        def reweigh(self, name: str, weight: float) -> None:
+            super().reweigh(name, weight)
+            weights.append(weight)
+
+    async def begun(*_: object) -> Any:
+        return changed
+
+    def run() -> Any:
+        trainer.heard(changed)
+        return fake_run(device)
+
+    changed: Any = SimpleNamespace(id="job", priority=100)
+    queue.begun = begun  # type: ignore[method-assign]
+    trainer = trainer_of(queue, SlotPool(Slots(), watermark=0.0), run, lane, order=Noting())
+    await train(trainer, queue, lane=lane)
+    assert weights == [1, 100]

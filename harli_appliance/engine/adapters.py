@@ -111,7 +111,7 @@ class AdapterShelf:
             self._unload(version)
 
     async def close(self) -> None:
-        await asyncio.gather(*self._unfinished)
+        await asyncio.gather(*self._unfinished, return_exceptions=True)
 
     def _known(self, name: str) -> Version:
         if name in self._kept_off and name not in self._current:

@@ -261,7 +261,9 @@ class Trainer:
         """Pause or cancel what someone asked for, but not the job in the middle of its turn."""
         for active in list(self._active.values()):
             if active is not self._current and self._queue.asked(active.job.id) is not None:
+                ready = self._ready
                 await self._on_its_own(active.job, self._stop(active.job))
+                self._set_ready(ready)
 
     def _unblocked(self) -> list[str]:
         return [job_id for job_id, active in self._active.items() if not active.blocked]
@@ -298,7 +300,9 @@ class Trainer:
                 await asyncio.sleep(STORE_RETRY_S)
 
     async def _leave(self, job_id: str) -> None:
-        """Let go of everything that an ended job holds; one that never began holds nothing."""
+        """Let go of everything that an ended job holds; one that never began holds nothing. There is nothing to run
+        until another turn begins: what is written down meanwhile may take seconds."""
+        self._set_ready(False)
         active = self._active.pop(job_id, None)
         if active is None:
             return
@@ -317,6 +321,7 @@ class Trainer:
     async def _stop(self, job: Job) -> None:
         """Pause or cancel; a pause keeps the optimizer steps made, and the step under way is made again."""
         active = self._active[job.id]
+        self._set_ready(False)
         if self._queue.asked(job.id) != "cancel":
             await self._keep(active)
         await self._leave(job.id)
@@ -355,12 +360,14 @@ class Trainer:
             if not await self._end_round(active):
                 return
             active.index, active.spent = 0, Spent()
+            self._set_ready(False)  # what is written down now may take seconds
             if evaluating:
                 await self._queue.evaluated(active.job.id, run.validation.standing)
             else:
                 await self._tell_step(active)
             if run.checkpoint_due:
                 self._units_left, self._fusible_tokens = 1, 0
+                self._set_ready(True)
                 await self._permitted(active, lambda: True)
                 await self._execute(active, WorkUnit("step", run.checkpoint))
         if run.done:
