@@ -218,9 +218,11 @@ def test_a_folder_is_not_written_over_and_resumes_the_same_comparison_only(tmp_p
         CompareStore(tmp_path).begin(a_plan(), resume=False)
     with pytest.raises(UsageError, match="another seconds, seed"):
         CompareStore(tmp_path).begin(a_plan(seconds=9.0, seed=1), resume=True)
-    more = a_plan(policies=("adaptive", "naive", "harli"), repetitions=4)
+    more = a_plan(policies=("adaptive", "naive", "harli"))
     CompareStore(tmp_path).begin(more, resume=True)
     assert CompareStore(tmp_path).plan() == more
+    with pytest.raises(UsageError, match="another repetitions"):  # with other parts of the trace
+        CompareStore(tmp_path).begin(a_plan(repetitions=4), resume=True)
     with pytest.raises(UsageError, match="no comparison to resume"):
         CompareStore(tmp_path / "other").begin(a_plan(), resume=True)
 

@@ -23,6 +23,7 @@ from harli_appliance.config import (
     setting_names,
 )
 from harli_appliance.config_reference import markdown_text, settings_reference, toml_text
+from harli_appliance.device.partition import Partition, cpu_partition
 from harli_appliance.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -229,3 +230,12 @@ def test_settings_load_without_torch_and_cannot_be_changed():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
     with pytest.raises(ValueError, match="frozen"):
         Settings().server.port = 1
+
+
+def test_a_lane_whose_cores_are_not_said_has_the_others(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    assert cpu_partition() == Partition((0, 1), (2, 3))
+    assert cpu_partition(inference=[2, 3]) == Partition((2, 3), (0, 1))
+    assert cpu_partition(training=[0]) == Partition((1, 2, 3), (0,))
+    assert cpu_partition(inference=[0, 1, 2, 3]) == Partition((0, 1, 2, 3), (0, 1, 2, 3))
+    assert cpu_partition([0], [3]) == Partition((0,), (3,))

@@ -54,6 +54,9 @@ def test_the_gpu_is_the_one_that_torch_sees(
 def test_no_driver_and_hidden_gpus_are_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert find_gpu(FakeNvml(init="NVMLError_LibraryNotFound")) is None
+    for hidden in ("", "-1", "none"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert find_gpu(FakeNvml()) is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert find_gpu(FakeNvml()) is None
 

@@ -115,3 +115,10 @@ def test_what_requests_need_adds_up() -> None:
     assert needed.present.tolist() == [1, 1, 2, 1, 1, 1, 1, 1]
     assert needed.present_rows.tolist() == [110, 110, 359, 249, 249, 249, 249, 249]
     assert needed.steps.sum() == 10 + 27, "the last two for the first one serve the second as well"
+
+
+def test_what_cannot_be_served_leaves_nothing() -> None:
+    """Prompts alone take more than there is."""
+    long = Trace("long", tuple(TraceRequest(at / 20, 8000, 200) for at in range(400)), 20.0)
+    found = physical_limit(Roofline(find_gpu("l40s"), model_shape("meta-llama/Llama-3.1-8B")), long, 60.0)
+    assert found.tokens_per_s == 0.0

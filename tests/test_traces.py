@@ -274,3 +274,17 @@ def test_the_synthetic_trace_is_seeded_bursty_and_shaped_as_asked() -> None:
 def test_impossible_bursts_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         replace(Bursts(), **change)
+
+
+@pytest.mark.parametrize(
+    "row",
+    ['{"timestamp": 1' + "0" * 400 + ', "input_length": 5, "output_length": 5}', "[" * 100_000],
+    ids=["huge", "deep"],
+)
+def test_a_row_that_python_cannot_read_is_a_bad_row(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "t.jsonl"
+    good = '{"timestamp": 0, "input_length": 5, "output_length": 5}'
+    path.write_text(f"{good}\n{row}\n")
+    with pytest.raises(UsageError, match="row 2: "):
+        load_trace(path)
+    assert len(load_trace(path, skip_bad=True)) == 1

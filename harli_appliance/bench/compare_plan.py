@@ -108,6 +108,8 @@ class ComparePlan(BaseModel):
                 "lower --seconds",
                 param="trace",
             )
+        if not trace.requests:
+            raise UsageError("the trace has no requests; lower --variation", param="variation")
         return trace.with_lengths(
             prompt_scale=self.prompt_scale,
             output_scale=self.output_scale,

@@ -188,10 +188,11 @@ class CompareStore:
 
 
 def _differing(plan: ComparePlan, earlier: object) -> list[str]:
-    """Names of what is not the same; more policies and more repetitions may be asked for later."""
+    """Names of what is not the same. More policies may be asked for later; which parts of the trace are replayed
+    depends on how many repetitions there are."""
     try:
         before = ComparePlan.model_validate(earlier)
     except ValidationError:
         return ["version"]
-    names = [name for name in ComparePlan.model_fields if name not in ("policies", "repetitions")]
+    names = [name for name in ComparePlan.model_fields if name != "policies"]
     return [name for name in names if getattr(plan, name) != getattr(before, name)]

@@ -253,7 +253,8 @@ class DemoRun:
                 replaying.cancel()
             self._phases.append(Phase(TOGETHER, started, job_ended))
             self._phases.append(Phase("", job_ended, time.time()))
-        return records
+        beside = [record for record in records if record.sent_at < job_ended]
+        return beside or records
 
     async def _watch(
         self, job: str, started: float, stop: asyncio.Event, step: Step, done: Sequence[Record]

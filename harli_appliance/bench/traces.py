@@ -158,6 +158,7 @@ class Trace:
     ) -> Trace:
         """Lengths times a scale, then within their limits (longer requests are shortened, not left out)."""
         _require(min(prompt_scale, output_scale) > 0, "a length scale must be above 0")
+        _require(max(prompt_scale, output_scale) < math.inf, "a length scale must be finite")
         _require(min(max_prompt_tokens or 1, max_output_tokens or 1) >= 1, "a length cap must be at least 1")
         _require(
             max_output_tokens is None or min_output_tokens <= max_output_tokens,

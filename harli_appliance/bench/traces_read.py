@@ -176,7 +176,7 @@ def _length(what: str, count: int) -> int:
 def _mooncake(line: str) -> TraceRequest:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(f"is no JSON: {error}") from None
     if not isinstance(row, Mapping):
         raise BadRow("is no JSON object")
@@ -191,9 +191,15 @@ def _mooncake(line: str) -> TraceRequest:
 
 def _number(row: Mapping[str, Any], name: str) -> float:
     value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(f"{name} is {json.dumps(value)}, not a number" if name in row else f"has no {name}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise BadRow(f"{name} is {'NaN, not a number' if math.isnan(number) else 'too large'}")
+    return number
 
 
 def _whole(row: Mapping[str, Any], name: str) -> int:

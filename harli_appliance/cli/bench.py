@@ -26,7 +26,7 @@ TraceFile = Annotated[
 ]
 ModelName = Annotated[str, typer.Option(help="A folder, or a name that 'harli models' lists.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows of the trace out.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 DEMO_MODEL = "smollm2-135m-instruct"
 REPORTS = Path("bench-report")
 

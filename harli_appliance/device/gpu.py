@@ -53,7 +53,7 @@ def find_gpu(nvml: Any = pynvml) -> Gpu | None:
     Raises:
         ConfigError: there is a driver, but it does not work or shows no GPU.
     """
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    if _hidden(os.environ.get("CUDA_VISIBLE_DEVICES")):
         return None
     try:
         nvml.nvmlInit()
@@ -75,6 +75,14 @@ def find_gpu(nvml: Any = pynvml) -> Gpu | None:
         ) from error
     finally:
         nvml.nvmlShutdown()
+
+
+def _hidden(visible: str | None) -> bool:
+    """Whether CUDA shows no GPU: it stops at the first that it does not know, as in ``-1`` and ``none``."""
+    if visible is None:
+        return False
+    first = visible.split(",")[0].strip()
+    return not (first.isdigit() or first.startswith(("GPU-", "MIG-")))
 
 
 def handle(nvml: Any) -> Any:

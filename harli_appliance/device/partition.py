@@ -39,6 +39,10 @@ def cpu_partition(inference: Sequence[int] | None = None, training: Sequence[int
                 param=f"device.{name}",
             )
     half = max(1, len(allowed) // 2)
+    if inference and not training:
+        training = [core for core in allowed if core not in inference] or inference
+    elif training and not inference:
+        inference = [core for core in allowed if core not in training] or training
     return Partition(
         inference=tuple(inference or allowed[:half]), training=tuple(training or allowed[-half:])
     )

@@ -41,6 +41,8 @@ FUSED = range(0, 1025, 32)
 """Where tangents touch the costs."""
 DIGITS = 9
 """After which tangents count as the same one."""
+INFEASIBLE = 2
+"""As HiGHS says it through scipy."""
 OVERRUN = 10.0
 """Price of time beyond what there is, in what training makes of it: only serving that needs it takes any."""
 
@@ -197,6 +199,8 @@ def _best(device: Roofline, demand: Demand, seconds: float, appliances: int, lef
         A_ub=sparse.hstack([matrix, share]),
         b_ub=np.concatenate([np.broadcast_to(bound, part.shape[0]) for part, bound in at_most]),
     )
-    if not found.success:  # it never lacks an answer: serving may always overrun
+    if found.status == INFEASIBLE:  # what has to be served takes more than there is
+        return 0.0
+    if not found.success:
         raise RuntimeError(f"the physical limit was not found: {found.message}")
     return max(0.0, float(found.x[-1]))

@@ -210,11 +210,15 @@ class _Alone:
                 rate += step
             step /= 2
         if rate == 0.0:
-            raise UsageError(
-                f"serving alone cannot keep {promise.label}: it takes {self._reference():.1f} ms a token (p99) "
-                f"for requests that are served one by one; promise more than that",
-                param="slo_tpot",
+            alone_ms = self._reference()
+            what = (
+                f"it takes {alone_ms:.1f} ms a token (p99) for requests that are served one by one; promise more "
+                "than that"
+                if tpot_ms < alone_ms
+                else f"requests that come together miss {tpot_ms:.1f} ms a token or their first one in "
+                f"{self._question.ttft_ms:.0f} ms at any rate; promise more with --slo-tpot or --slo-ttft"
             )
+            raise UsageError(f"serving alone cannot keep {promise.label}: {what}", param="slo_tpot")
         return SloTarget(promise.label, tpot_ms, self._question.ttft_ms, rate)
 
     def _reference(self) -> float:
@@ -225,6 +229,8 @@ class _Alone:
             some = requests[:: max(1, len(requests) // ONE_BY_ONE)]
             apart = tuple(replace(one, at_s=index * FAR_S) for index, one in enumerate(some))
             found = self._run(Trace("one by one", apart, len(apart) * FAR_S), fleet)
+            if not found.tpot_ms:
+                raise UsageError("no answer of the trace has a second token, whose time could be promised")
             self._reference_ms = float(np.percentile(found.tpot_ms, 99))
         return self._reference_ms
 

@@ -165,8 +165,10 @@ def _top_run(free: Tensor, count: int) -> tuple[Tensor | None, Tensor]:
     bitmap = np.zeros(int(indices.max(initial=0)) + 1, dtype=np.bool_)
     bitmap[indices] = True
     ordered = np.flatnonzero(bitmap)
+    if len(ordered) < count:
+        return None, torch.from_numpy(ordered).to(free)
     starts = np.flatnonzero(ordered[count - 1 :] - ordered[: len(ordered) - count + 1] == count - 1)
-    if len(ordered) < count or not len(starts):
+    if not len(starts):
         return None, torch.from_numpy(ordered).to(free)
     at = int(starts[-1])
     rest = np.concatenate([ordered[:at], ordered[at + count :]])

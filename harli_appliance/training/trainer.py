@@ -300,8 +300,10 @@ class Trainer:
                 await asyncio.sleep(STORE_RETRY_S)
 
     async def _leave(self, job_id: str) -> None:
-        """Let go of everything that an ended job holds; one that never began holds nothing. There is nothing to run
-        until another turn begins: what is written down meanwhile may take seconds."""
+        """Let go of everything that an ended job holds; one that never began holds nothing.
+
+        Nothing is there to run until another turn begins: what is written down meanwhile may take seconds.
+        """
         self._set_ready(False)
         active = self._active.pop(job_id, None)
         if active is None:
