@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from harli_appliance.answers import Answer, sampling_of_choice
 from harli_appliance.api.ports import ChatCall, Generation
+from harli_appliance.background import Background
 from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.streams import TokenStream
@@ -57,7 +58,7 @@ class Completions:
         self._usage = usage
         self._context_length = context_length
         self._asked: dict[str, _Asked] = {}
-        self._writing: set[asyncio.Task[None]] = set()
+        self._writing = Background()
         engine.on_ended = self._record
 
     async def begin(self, call: ChatCall, require_ready: Callable[[], None]) -> Generation:
@@ -98,7 +99,7 @@ class Completions:
 
     async def close(self) -> None:
         """Wait until every usage row is written."""
-        await asyncio.gather(*self._writing, return_exceptions=True)
+        await self._writing.settled()
 
     def _sampling(self, call: ChatCall, prompt: int) -> Sampling:
         return Sampling(
@@ -147,6 +148,4 @@ class Completions:
             finish_reason=item.finish or "stop",
             created_at=int(time.time()),
         )
-        task = asyncio.create_task(self._usage.add(usage))
-        self._writing.add(task)
-        task.add_done_callback(self._writing.discard)
+        self._writing.begin(self._usage.add(usage))

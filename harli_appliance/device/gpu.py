@@ -26,6 +26,7 @@ GREEN_CONTEXT_DRIVER = 550
 DRIVERS = {12: 525, 13: 580}
 """The oldest driver branch for a CUDA major version; it runs all minor versions (CUDA compatibility guide)."""
 
+UUIDS = ("GPU-", "MIG-")
 FALLBACK = "time slicing needs no partitions: the lanes take turns"
 
 
@@ -53,8 +54,9 @@ def find_gpu(nvml: Any = pynvml) -> Gpu | None:
     Raises:
         ConfigError: there is a driver, but it does not work or shows no GPU.
     """
-    if _hidden(os.environ.get("CUDA_VISIBLE_DEVICES")):
-        return None
+    first = _first_visible()
+    if first is not None and not first.isdigit() and not first.startswith(UUIDS):
+        return None  # CUDA stops at the first that it does not know, as in "-1" and "none"
     try:
         nvml.nvmlInit()
     except nvml.NVMLError_LibraryNotFound:
@@ -77,18 +79,16 @@ def find_gpu(nvml: Any = pynvml) -> Gpu | None:
         nvml.nvmlShutdown()
 
 
-def _hidden(visible: str | None) -> bool:
-    """Whether CUDA shows no GPU: it stops at the first that it does not know, as in ``-1`` and ``none``."""
-    if visible is None:
-        return False
-    first = visible.split(",")[0].strip()
-    return not (first.isdigit() or first.startswith(("GPU-", "MIG-")))
+def _first_visible() -> str | None:
+    """What CUDA_VISIBLE_DEVICES names first; None when it is not set."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if visible is None else visible.split(",")[0].strip()
 
 
 def handle(nvml: Any) -> Any:
     """NVML's handle of torch's first GPU: NVML counts all of them, torch only those of CUDA_VISIBLE_DEVICES."""
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
-    if first.startswith(("GPU-", "MIG-")):
+    first = _first_visible() or ""
+    if first.startswith(UUIDS):
         return nvml.nvmlDeviceGetHandleByUUID(first)
     return nvml.nvmlDeviceGetHandleByIndex(int(first) if first.isdigit() else 0)
 

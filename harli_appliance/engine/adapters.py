@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import structlog
 
+from harli_appliance.background import Background
 from harli_appliance.engine.lanes import Lane
 from harli_appliance.errors import HarliError, NotFound, UsageError
 from harli_appliance.runtime.protocol import Runtime
 
 log = structlog.get_logger(__name__)
-
-T = TypeVar("T")
 
 
 @dataclass(eq=False, slots=True)
@@ -47,7 +44,7 @@ class AdapterShelf:
         self._kept_off: set[str] = set()
         self._using: dict[str, Version] = {}
         self._changing = asyncio.Lock()
-        self._unfinished: set[asyncio.Task[Any]] = set()
+        self._background = Background()
 
     @property
     def versions(self) -> tuple[Version, ...]:
@@ -60,7 +57,9 @@ class AdapterShelf:
         Raises:
             UsageError: its files, rank or targets do not fit; what was served before still is.
         """
-        return await self._to_the_end(self._put(name, folder, job))
+        return await self._background.to_the_end(
+            self._put(name, folder, job)
+        )  # what SGLang loads has a name then
 
     async def _put(self, name: str, folder: Path, job: str | None) -> Version:
         async with self._changing:
@@ -111,7 +110,7 @@ class AdapterShelf:
             self._unload(version)
 
     async def close(self) -> None:
-        await asyncio.gather(*self._unfinished, return_exceptions=True)
+        await self._background.settled()
 
     def _known(self, name: str) -> Version:
         if name in self._kept_off and name not in self._current:
@@ -134,17 +133,7 @@ class AdapterShelf:
             self._unload(version)
 
     def _unload(self, version: Version) -> None:
-        self._begin(self._unload_now(version))
-
-    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
-        self._unfinished.add(task)
-        task.add_done_callback(self._unfinished.discard)
-        return task
-
-    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await `work`, which goes on when the caller is cancelled: what SGLang loads has a name then."""
-        return await asyncio.shield(self._begin(work))
+        self._background.begin(self._unload_now(version))
 
     async def _unload_now(self, version: Version) -> None:
         try:

@@ -7,14 +7,13 @@ leaves nothing half done. Knows rows, bytes and what a data set must be; knows n
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
 
 import structlog
 from sqlite_utils import Database as Connection
 
 from harli_appliance.api.ports import StoredFile
+from harli_appliance.background import Background
 from harli_appliance.config import Settings
 from harli_appliance.errors import DatasetError, NotFound, UsageError
 from harli_appliance.store import files as file_rows
@@ -26,7 +25,6 @@ from harli_appliance.training.uploads import UploadFolder
 
 PURPOSE = "fine-tune"
 
-T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 
@@ -51,7 +49,7 @@ class FileLibrary:
         self._count_tokens = count_tokens
         self._context_length = context_length
         self._uploads = UploadFolder(settings.files)
-        self._unfinished: set[asyncio.Task[Any]] = set()
+        self._background = Background()
 
     async def create_file(self, path: Path, filename: str, purpose: str) -> StoredFile:
         """Check the upload at `path` and take it over; on an error it is still the caller's to delete.
@@ -71,7 +69,7 @@ class FileLibrary:
         )
         if not report.ok:
             raise DatasetError(_refusal(report), findings=report.errors)
-        return await self._to_the_end(self._take_over(path, filename, report))
+        return await self._background.to_the_end(self._take_over(path, filename, report))
 
     async def _take_over(self, path: Path, filename: str, report: Report) -> StoredFile:
         file_id = new_id("file")
@@ -108,7 +106,7 @@ class FileLibrary:
 
     async def delete_file(self, file_id: str) -> None:
         """Remove a file that no job needs any more."""
-        await self._to_the_end(self._delete_file(file_id))
+        await self._background.to_the_end(self._delete_file(file_id))
 
     async def _delete_file(self, file_id: str) -> None:
         await self._database.run(lambda db: file_rows.delete_file(db, file_id))
@@ -119,16 +117,9 @@ class FileLibrary:
         for name in await asyncio.to_thread(self._uploads.sweep, known):
             log.warning("removed an unfinished upload", file=name)
 
-    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await `work`, which goes on when the caller is cancelled."""
-        task = asyncio.create_task(work)
-        self._unfinished.add(task)
-        task.add_done_callback(self._unfinished.discard)
-        return await asyncio.shield(task)
-
     async def close(self) -> None:
         """Wait for what callers that went away have left under way."""
-        await asyncio.gather(*self._unfinished, return_exceptions=True)
+        await self._background.settled()
 
 
 def _refusal(report: Report) -> str:

@@ -87,7 +87,7 @@ class JobQueue(FileLibrary, FineTuning):
                 "finetuning is switched off here; set training.enabled to true", code="training_disabled"
             )
         job = resolve(spec, model=self._model, max_lora_rank=self._settings.training.max_lora_rank)
-        return await self._to_the_end(self._create_job(job))
+        return await self._background.to_the_end(self._create_job(job))
 
     async def _create_job(self, job: Job) -> Job:
         await self._database.run(lambda db: _check_files(db, job))
@@ -133,7 +133,7 @@ class JobQueue(FileLibrary, FineTuning):
                 job_rows.add_event(db, job_id, "info", "Cancellation requested")
             return job
 
-        return await self._to_the_end(self._cancel_job(job_id, cancel))
+        return await self._background.to_the_end(self._cancel_job(job_id, cancel))
 
     async def _cancel_job(self, job_id: str, cancel: Callable[[Connection], Job]) -> Job:
         job = await self._ask(job_id, cancel)
@@ -164,7 +164,7 @@ class JobQueue(FileLibrary, FineTuning):
                 job_rows.add_event(db, job_id, "info", "Pause requested")
             return job
 
-        return await self._to_the_end(self._ask(job_id, pause))
+        return await self._background.to_the_end(self._ask(job_id, pause))
 
     async def resume_job(self, job_id: str) -> Job:
         """Queue a paused job again, or let a running one go on that was asked to pause.
@@ -182,7 +182,7 @@ class JobQueue(FileLibrary, FineTuning):
                 raise _state(job, "only a paused job can be resumed")
             return _move(db, job_id, "queued")
 
-        job = await self._to_the_end(self._ask(job_id, resume))
+        job = await self._background.to_the_end(self._ask(job_id, resume))
         self._queued.set()
         return job
 
@@ -200,7 +200,7 @@ class JobQueue(FileLibrary, FineTuning):
             job_rows.add_event(db, job_id, "info", f"Priority set to {priority}")
             return job
 
-        return await self._to_the_end(self._ask(job_id, change))
+        return await self._background.to_the_end(self._ask(job_id, change))
 
     async def overview(self, limit: int) -> list[Job]:
         """The jobs that matter now: those that have not ended first."""
