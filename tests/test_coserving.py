@@ -295,7 +295,7 @@ async def test_served_tokens_are_the_same_with_training(
     assert reasons.get(policy, set()) <= set(made.engine.state().ticks)
     assert digest(serving) == weights, "the base weights changed"
     made.queue.ask("cancel")
-    made.trainer.wake()
+    made.trainer.units.wake()
     await asyncio.wait_for(made.queue.ended.wait(), 30)
 
 
@@ -376,7 +376,7 @@ async def test_without_elastic_memory_a_burst_waits_for_what_training_holds(
     assert made.pool.use().reclaims == 0
     assert made.trainer.state().dropped_micro_batches == made.trainer.state().swapped_micro_batches == 0
     made.queue.ask("cancel")  # stopped in the middle of asking for slots, the trainer would leave them leased
-    made.trainer.wake()
+    made.trainer.units.wake()
     await asyncio.wait_for(made.queue.ended.wait(), 30)
 
 
@@ -385,7 +385,7 @@ async def test_cancelling_lets_go_of_everything(rig: RigFactory, serving: Servin
     while made.trainer.state().tokens < 50:  # noqa: ASYNC110  the trainer tells nobody
         await asyncio.sleep(0.02)
     made.queue.ask("cancel")
-    made.trainer.wake()
+    made.trainer.units.wake()
     await asyncio.wait_for(made.queue.ended.wait(), 30)
     assert made.queue.outcome == "cancelled"
     await made.answer("after", prompt(2, 5), 2)
@@ -409,7 +409,7 @@ async def test_a_job_that_is_paused_again_and_again_is_bitwise_the_undisturbed_o
         if made.queue.ended.is_set():
             break
         made.queue.ask("pause")
-        made.trainer.wake()
+        made.trainer.units.wake()
         ended, paused = (asyncio.create_task(e.wait()) for e in (made.queue.ended, made.queue.paused))
         await asyncio.wait_for(asyncio.wait([ended, paused], return_when="FIRST_COMPLETED"), 30)
         ended.cancel()

@@ -107,6 +107,7 @@ class NoTraining:
     def __init__(self) -> None:
         self.allowed: list[int] = []
         self.places: list[Any] = []
+        self.units = self
 
     def outlook(self) -> Outlook:
         return Outlook(False)

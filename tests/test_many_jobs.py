@@ -70,10 +70,10 @@ async def test_stopping_one_leaves_the_others_untouched(rig: RigFactory) -> None
     made = await rig(jobs=[endless, exploding, pausing, PLAIN], serve=False)
     await until(lambda: steps(made, PLAIN) >= 1 and steps(made, pausing) >= 1 and steps(made, endless) >= 1)
     made.queue.ask("pause", pausing.id)
-    made.trainer.wake()
+    made.trainer.units.wake()
     await until(lambda: made.queue.paused.is_set())
     made.queue.ask("cancel", endless.id)
-    made.trainer.wake()
+    made.trainer.units.wake()
     await until(lambda: "ftjob-endless" in made.queue.outcomes)
     made.queue.resume(pausing)
     await asyncio.wait_for(made.queue.ended.wait(), 120)
@@ -116,7 +116,7 @@ async def test_a_job_that_is_not_at_its_turn_is_stopped_while_nothing_may_run(
     await until(lambda: len(made.trainer.state().running) == 2)
     for job in (second, first):
         made.queue.ask("cancel", job.id)
-        made.trainer.wake()
+        made.trainer.units.wake()
         await until(lambda job=job: job.id in made.queue.outcomes)  # type: ignore[misc]
     assert made.trainer.state().running == ()
 
@@ -144,5 +144,5 @@ async def test_a_job_of_higher_priority_comes_further_in_the_same_time(rig: RigF
     assert steps(made, fast) - before[1] <= 2 * 8 + 6, "as many, not four times as many"
     for job in (slow, fast):
         made.queue.ask("cancel", job.id)
-    made.trainer.wake()
+    made.trainer.units.wake()
     await asyncio.wait_for(made.queue.ended.wait(), 30)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.lanes import Lane
-from harli_appliance.errors import ApplianceUnavailable
 from harli_appliance.memory.pool import Lease, SlotCounts, SlotPool
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.scheduler import Scheduler
@@ -200,7 +199,7 @@ def trainer_of(
         max_running=1,
         lane=lane,
         memory_lane=DeviceLane("memory", Device(), ahead=0),
-        on_change=lambda: trainer.wake(),
+        on_change=lambda: trainer.units.wake(),
         **more,
     )
     return trainer
@@ -228,7 +227,7 @@ async def train(trainer: Trainer, queue: Queue, **allowed: Any) -> None:
     task = asyncio.create_task(trainer.run())
     async with asyncio.timeout(60):
         while not queue.done.is_set():
-            trainer.launch(1, **allowed)
+            trainer.units.launch(1, **allowed)
             await asyncio.sleep(0)
             assert not task.done(), task.exception()
     task.cancel()
@@ -251,7 +250,7 @@ async def test_a_lease_is_given_back_when_the_device_is_done_with_it(turns: bool
     assert pool.leases() == ()
     ((tokens, seconds, place),) = paces
     assert (tokens, place) == (8.0, half)
-    whole = sum(times.total_ms for kind, times in trainer.unit_times.items() if kind != "step")
+    whole = sum(times.total_ms for kind, times in trainer.units.times.items() if kind != "step")
     assert whole == pytest.approx(1e3 * seconds * half.training), (
         "as long as it would take on the whole device"
     )
@@ -430,125 +429,18 @@ async def test_a_step_begins_again_when_a_micro_batch_is_dropped_that_has_added_
     assert shown == [0, 6, 8, 8, 8], "a counter that people watch never falls"
 
 
-class Locked(Queue):
-    """Its database cannot be written for the first so many calls of some methods."""
-
-    def __init__(self, **failures: int) -> None:
-        super().__init__()
-        self._row = self.jobs[0]
-        self._failures = failures
-        self.told: list[str] = []
-        self.look: Callable[[str], None] = lambda _: None
-
-    def _write(self, what: str) -> None:
-        if self._failures.get(what):
-            self._failures[what] -= 1
-            self.told.append(f"{what} refused")
-            self.look(what)
-            raise ApplianceUnavailable("the database is locked")
-        self.told.append(what)
-
-    async def next_job(self) -> Any:
-        if self.jobs:
-            self._write("next_job")
-        return await super().next_job()
-
-    async def begun(self, *progress: object) -> Any:
-        self._write("begun")
-        return self._row
-
-    async def progress(self, *_: object) -> None:
-        self._write("progress")
-
-    async def stopped(self, job_id: str) -> Any:
-        self._write("stopped")
-        self.jobs.append(self._row)
-        return SimpleNamespace(status="queued")
-
-    async def fail(self, job_id: str, code: str, message: str) -> None:
-        self._write("fail")
-        self.done.set()
-
-
-@pytest.fixture
-def _asked_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harli_appliance.training.trainer.STORE_RETRY_S", 0.001)
-
-
-@pytest.mark.usefixtures("_asked_again_soon")
-@pytest.mark.parametrize(
-    ("failures", "told"),
-    [
-        ({"next_job": 3}, [*["next_job refused"] * 3, "next_job", "begun", "progress"]),
-        (
-            {"begun": 1, "stopped": 2},
-            [
-                *["next_job", "begun refused", "stopped refused", "stopped refused", "stopped"],
-                *["next_job", "begun", "progress"],
-            ],
-        ),
-        (
-            {"progress": 2, "stopped": 1},
-            [
-                *["next_job", "begun", "progress refused", "stopped refused", "stopped"],
-                *["next_job", "begun", "progress refused", "stopped"],
-                *["next_job", "begun", "progress"],
-            ],
-        ),
-    ],
-    ids=["none can be taken", "none can begin", "none can be written down"],
-)
-async def test_a_job_goes_on_once_the_database_can_be_used_again(
-    failures: dict[str, int], told: list[str]
-) -> None:
-    device, queue = Device(), Locked(**failures)
-    lane, pool = DeviceLane("training", device, ahead=0), SlotPool(Slots(), watermark=0.0)
-    await train(trainer_of(queue, pool, lambda: fake_run(device), lane), queue, lane=lane)
-    assert queue.told == told
-    pool.settle()
-    assert pool.leases() == (), "a job that is put back holds nothing"
-
-
-@pytest.mark.usefixtures("_asked_again_soon")
-async def test_nobody_waits_for_units_while_the_database_is_locked() -> None:
-    device, queue = Device(), Locked(progress=1, stopped=4)
-    lane, pool = DeviceLane("training", device, ahead=0), SlotPool(Slots(), watermark=0.0)
-    trainer = trainer_of(queue, pool, lambda: fake_run(device), lane)
-    ready: list[bool] = []
-    queue.look = lambda what: ready.append(trainer.outlook().ready)
-    await train(trainer, queue, lane=lane)
-    assert ready == [False] * 5, "also while the first attempt waits, which takes seconds"
-
-
-@pytest.mark.usefixtures("_asked_again_soon")
-async def test_a_job_that_fails_is_failed_once_the_database_can_be_used_again() -> None:
-    device, queue = Device(), Locked(fail=3)
-    lane, pool = DeviceLane("training", device, ahead=0), SlotPool(Slots(), watermark=0.0)
-    run = fake_run(device)
-
-    def begin(index: int, slots: Tensor) -> Batch:
-        raise RuntimeError("out of memory")
-
-    run.begin = begin
-    trainer = trainer_of(queue, pool, run, lane)
-    await train(trainer, queue, lane=lane)
-    assert queue.told == ["next_job", "begun", *["fail refused"] * 3, "fail"]
-    assert not trainer.outlook().ready
-    assert trainer.state().running == ()
-
-
 async def test_a_trainer_that_has_ended_leaves_nobody_waiting() -> None:
     device, queue = Device(), Queue()
     lane = DeviceLane("training", device, ahead=0)
     trainer = trainer_of(queue, SlotPool(Slots(), watermark=0.0), fake_run(device), lane)
     task = asyncio.create_task(trainer.run())
-    while not trainer.outlook().ready:  # noqa: ASYNC110  the trainer tells nobody
+    while not trainer.units.outlook().ready:  # noqa: ASYNC110  the trainer tells nobody
         await asyncio.sleep(0)
-    allowed = trainer.launch(1, lane=lane)
+    allowed = trainer.units.launch(1, lane=lane)
     task.cancel()
     await asyncio.wait([task])
     await asyncio.wait_for(allowed, 5)
-    assert not trainer.outlook().ready
+    assert not trainer.units.outlook().ready
 
 
 async def test_nobody_waits_for_units_while_another_job_starts() -> None:
@@ -574,7 +466,7 @@ async def test_nobody_waits_for_units_while_another_job_starts() -> None:
     trainer._max_running = 2
     task = asyncio.create_task(train(trainer, queue, lane=lane))
     await asyncio.wait_for(starting.wait(), 10)
-    assert not trainer.outlook().ready
+    assert not trainer.units.outlook().ready
     go_on.set()
     await task
 

@@ -69,6 +69,6 @@ async def record_steps(
     }
     content[UNITS] = {
         kind: {"count": times.count, "mean_ms": times.total_ms / times.count}
-        for kind, times in trainer.unit_times.items()
+        for kind, times in trainer.units.times.items()
     }
     (Path(task["out"]) / STEPS).write_text(json.dumps(content), encoding="utf-8")

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +22,8 @@ from harli_appliance.runtime.sglang_runtime import SglangRuntime
 from harli_appliance.scheduling.predictor import Predictor
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.scheduling.slo import SloTracker
-from harli_appliance.scheduling.types import Outlook
 from harli_appliance.training.trainer import Trainer, TrainerState
+from harli_appliance.training.unit_runner import UnitRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Bench:
             self.runtime,
             pool,
             Scheduler(Predictor(), "serve_only"),
-            cast(Trainer, _NoTraining()),
+            cast(Trainer, _NoTraining(training)),
             SloTracker(1e6, 1e6),
             self.lane,
             training,
@@ -73,13 +73,8 @@ class Bench:
 class _NoTraining:
     """What the engine asks of a trainer, with nothing to train."""
 
-    def outlook(self) -> Outlook:
-        return Outlook(ready=False)
-
-    def launch(self, units: int, lane: object = None, place: object = None) -> Awaitable[None]:
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        done.set_result(None)
-        return done
+    def __init__(self, lane: Lane) -> None:
+        self.units = UnitRunner(lane, on_change=lambda: None)
 
     def state(self) -> TrainerState:
         return TrainerState(tokens=0, running=(), dropped_micro_batches=0)

@@ -91,7 +91,7 @@ class Engine:
         self._runtime = runtime
         self._pool = pool
         self._scheduler = scheduler
-        self._trainer = trainer
+        self._trainer, self._units = trainer, trainer.units
         self._inference = inference
         self._training = training
         self._max_queued = max_queued
@@ -166,7 +166,7 @@ class Engine:
 
     async def _tick(self) -> None:
         self._work.clear()
-        outlook = self._trainer.outlook()
+        outlook = self._units.outlook()
         admission = self._scheduler.admits(self.slo.queue(time.perf_counter()), outlook)
         plan = await self._plan(prompts=admission == "all") if admission != "none" else None
         self._deliver_refused()
@@ -177,13 +177,13 @@ class Engine:
         self._ticks[decision.reason] += 1
         self._arrange(decision)
         if plan is None or step is None:
-            self._trainer.launch(decision.units)
+            self._units.launch(decision.units)
             await self._wait_for_work()
             return
         measured = await self._run(plan, decision)
         if decision.after:
             self._arrange(replace(decision, mode="time_slice", split=None))
-            await self._trainer.launch(decision.after, self._inference)
+            await self._units.launch(decision.after, self._inference)
         if measured is not None:
             self._observe(step, decision, *measured)
 
@@ -191,13 +191,13 @@ class Engine:
         """Both lanes, as decided; what `_serve` returns."""
         if decision.mode == "fused":
             started = time.perf_counter()
-            await self._trainer.launch(decision.units, self._inference, decision.fused_tokens)
+            await self._units.launch(decision.units, self._inference, decision.fused_tokens)
             ahead_ms = 1e3 * (time.perf_counter() - started)
             measured = await self._serve(plan)
             return measured and (measured[0] + ahead_ms, measured[1])
         serving = asyncio.create_task(self._serve(plan))
         lane = self._inference if decision.mode == "time_slice" else self._training
-        training = self._trainer.launch(decision.units, lane, place=decision.split)
+        training = self._units.launch(decision.units, lane, place=decision.split)
         measured = await serving
         if decision.units < UNLIMITED:
             await training

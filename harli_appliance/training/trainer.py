@@ -1,40 +1,36 @@
 """The trainer coroutine: takes jobs from the queue and runs their work units when the engine allows it.
 
 Several jobs run at once, each with an adapter of its own on the one backbone; they take turns of a micro-batch,
-in the order that `fairness` chooses. Between units it is on the event loop; units run on the lane that the engine
-last named. It starts a unit only within its allowance, and gives up its lease at the next unit boundary when
-serving takes the slots back. Knows jobs, units and leases; does not know partitions, policies or HTTP.
+in the order that `fairness` chooses. It runs a unit when the engine allows one (`unit_runner`), and gives up its
+lease at the next unit boundary when serving takes the slots back. Knows jobs, units and leases; does not know
+partitions, policies or HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import structlog
 
 from harli_appliance.api.ports import Job
 from harli_appliance.errors import ApplianceUnavailable, HarliError
 from harli_appliance.memory.pool import Lease, SlotPool
-from harli_appliance.scheduling.types import Outlook, Split
 from harli_appliance.training.active_job import ActiveJob, RunningJob, Spent, Unfinished
 from harli_appliance.training.fairness import Order, RecentShares
 from harli_appliance.training.job_run import JobRun
-from harli_appliance.training.pace import Pace, Told, UnitTimes
+from harli_appliance.training.pace import Pace, Told
 from harli_appliance.training.residence import Residence, UnitLane
 from harli_appliance.training.spared import Spared
 from harli_appliance.training.swap import SwapPredictor
+from harli_appliance.training.unit_runner import Ran, UnitRunner
 from harli_appliance.training.units import MicroBatch, WorkUnit
 from harli_appliance.training.validation import Standing
-
-T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -86,6 +82,9 @@ class Trainer:
         on_change: called when training begins or ceases to have work, so that an idle engine looks again.
         on_step: called with the loss of every optimizer step.
         on_pace: called with tokens, the seconds that they took on the lane, and the split that training ran on.
+
+    Attributes:
+        units: where the engine says how many units may run.
     """
 
     def __init__(
@@ -103,6 +102,7 @@ class Trainer:
         on_step: Callable[[float], None] = lambda _: None,
         on_pace: Told = lambda tokens, seconds, place: None,
     ) -> None:
+        self.units = UnitRunner(lane, on_change)
         self._queue = queue
         self._pool = pool
         self._start_job = start_job
@@ -110,79 +110,28 @@ class Trainer:
         self._order = order
         self._max_running = max_running
         self._home = lane
-        self._lane = lane
-        self._ran_on = lane
         self._memory_lane = memory_lane
         self._on_change = on_change
         self._on_step = on_step
         self._pace = Pace(on_pace)
-        self._place: Split | None = None
-        self._allowance = 0
-        self._ready = False
-        self._changed = asyncio.Event()
-        self._spent: asyncio.Future[None] | None = None
-        self.unit_times: defaultdict[str, UnitTimes] = defaultdict(UnitTimes)
-        """Of units of the usual size, by kind."""
         self._tokens = 0.0
         self._shown_tokens = 0
         self._dropped = 0
         self._swapped = 0
         self._swapping = SwapPredictor()
-        self._units_left = 0
-        self._fusible_tokens = 0
-        self._window: int | None = None
         self._spared = Spared()
         self._active: dict[str, ActiveJob] = {}
         self._current: ActiveJob | None = None
         self._turn_ms = 0.0
         self._shares = RecentShares()
 
-    # -- what the engine sees --------------------------------------------------------------------------
-
-    def outlook(self) -> Outlook:
-        """Whether a unit could run now, and the duration of the slowest kind seen (recent average)."""
-        slowest = max((times.recent_ms for times in self.unit_times.values()), default=math.nan)
-        return Outlook(
-            self._ready, slowest, micro_batch_units=self._units_left, fusible_tokens=self._fusible_tokens
-        )
-
-    def launch(
-        self,
-        units: int,
-        lane: UnitLane | None = None,
-        window: int | None = None,
-        place: Split | None = None,
-    ) -> Awaitable[None]:
-        """Allow `units` work units from now on, replacing what was allowed before.
-
-        Args:
-            window: forward units are all layers of a window of so many tokens, where one can begin; None for
-                units of the usual size.
-            place: how the device is divided while they run; None where one lane has all of it.
-
-        Returns:
-            Something to await that is done when they have run, or training has nothing left to run.
-        """
-        self._allowance = units
-        self._lane = lane or self._home
-        self._window = window
-        self._place = place
-        self._end_waiting()
-        self._spent = spent = asyncio.get_running_loop().create_future()
-        if units <= 0 or not self._ready:
-            self._end_waiting()
-        self._changed.set()
-        return spent
-
-    def wake(self) -> None:
-        """Look again at what is asked of the jobs, also while nothing is allowed."""
-        self._changed.set()
+    # -- what others see ---------------------------------------------------------------------------------
 
     def heard(self, job: Job) -> None:
         """A person wants something else of `job`: that it stops, perhaps, or has another share of the time."""
         if job.id in self._active:
             self._order.reweigh(job.id, job.priority)
-        self.wake()
+        self.units.wake()
 
     def state(self) -> TrainerState:
         self._shown_tokens = max(self._shown_tokens, round(self._tokens))
@@ -203,11 +152,10 @@ class Trainer:
                     await self._go_on()
                 except ApplianceUnavailable as error:
                     log.error("jobs wait for the database", why=error.message)
-                    self._set_ready(False)
+                    self.units.set_ready(False)
                     await asyncio.sleep(STORE_RETRY_S)
         finally:
-            self._set_ready(False)  # nobody may wait for units of a trainer that has ended
-            await self._ran_on.run(_nothing)  # what was begun ends, though nobody waits for it any more
+            await self.units.end()
             for active in list(self._active.values()):
                 try:
                     await self._keep(active)
@@ -220,12 +168,12 @@ class Trainer:
         await self._start_waiting_jobs()
         await self._stop_asked_jobs()
         if not self._active:
-            self._set_ready(False)
+            self.units.set_ready(False)
             await self._queue.wait_for_job()
             return
         chosen = self._order.next(self._unblocked())
         if chosen is None:
-            self._set_ready(False)
+            self.units.set_ready(False)
             await asyncio.sleep(LEASE_RETRY_S)
             return
         await self._take_turn(self._active[chosen])
@@ -235,7 +183,7 @@ class Trainer:
             job = await self._queue.next_job()
             if job is None:
                 return
-            self._set_ready(False)  # what follows is no unit: the engine must not wait for it
+            self.units.set_ready(False)  # what follows is no unit: the engine must not wait for it
             await self._on_its_own(job, self._start(job))
 
     async def _start(self, job: Job) -> None:
@@ -248,8 +196,8 @@ class Trainer:
             holder=job.id,
             lane=self._home,
             memory_lane=self._memory_lane,
-            drained=self._drained,
-            on_leave=self._changed.set,
+            drained=self.units.drain,
+            on_leave=self.units.wake,
             on_copy=self._swapping.copied,
         )
         self._active[job.id] = ActiveJob(job, run, residence)
@@ -261,9 +209,9 @@ class Trainer:
         """Pause or cancel what someone asked for, but not the job in the middle of its turn."""
         for active in list(self._active.values()):
             if active is not self._current and self._queue.asked(active.job.id) is not None:
-                ready = self._ready
+                ready = self.units.ready
                 await self._on_its_own(active.job, self._stop(active.job))
-                self._set_ready(ready)
+                self.units.set_ready(ready)
 
     def _unblocked(self) -> list[str]:
         return [job_id for job_id, active in self._active.items() if not active.blocked]
@@ -296,7 +244,7 @@ class Trainer:
                 await write()
                 return
             except ApplianceUnavailable:
-                self._set_ready(False)
+                self.units.set_ready(False)
                 await asyncio.sleep(STORE_RETRY_S)
 
     async def _leave(self, job_id: str) -> None:
@@ -304,7 +252,7 @@ class Trainer:
 
         Nothing is there to run until another turn begins: what is written down meanwhile may take seconds.
         """
-        self._set_ready(False)
+        self.units.set_ready(False)
         active = self._active.pop(job_id, None)
         if active is None:
             return
@@ -323,7 +271,7 @@ class Trainer:
     async def _stop(self, job: Job) -> None:
         """Pause or cancel; a pause keeps the optimizer steps made, and the step under way is made again."""
         active = self._active[job.id]
-        self._set_ready(False)
+        self.units.set_ready(False)
         if self._queue.asked(job.id) != "cancel":
             await self._keep(active)
         await self._leave(job.id)
@@ -332,8 +280,7 @@ class Trainer:
 
     async def _keep(self, active: ActiveJob) -> None:
         if active.run.has_unkept_steps:
-            async with active.residence.in_use:
-                await self._home.run(active.run.checkpoint)
+            await self.units.at_home(active.run.checkpoint, active.residence)
 
     # -- turns -----------------------------------------------------------------------------------------
 
@@ -362,18 +309,18 @@ class Trainer:
             if not await self._end_round(active):
                 return
             active.index, active.spent = 0, Spent()
-            self._set_ready(False)  # what is written down now may take seconds
+            self.units.set_ready(False)  # what is written down now may take seconds
             if evaluating:
                 await self._queue.evaluated(active.job.id, run.validation.standing)
             else:
                 await self._tell_step(active)
             if run.checkpoint_due:
-                self._units_left, self._fusible_tokens = 1, 0
-                self._set_ready(True)
+                self.units.offer(1)
+                self.units.set_ready(True)
                 await self._permitted(active, lambda: True)
                 await self._execute(active, WorkUnit("step", run.checkpoint))
         if run.done:
-            self._set_ready(False)
+            self.units.set_ready(False)
             await active.residence.leave()
             self._on_change()
             await self._finish_job(active.job, run)
@@ -401,31 +348,30 @@ class Trainer:
         done = False
         try:
             if begun is None:
-                begun = Unfinished(await self._at_home(active, partial(run.begin, index, lease.indices)))
+                begin = partial(run.begin, index, lease.indices)
+                begun = Unfinished(await self.units.at_home(begin, active.residence))
                 self._spared.lend(begun.batch)
             else:
-                await self._at_home(active, partial(begun.batch.swap_in, lease.indices))
+                await self.units.at_home(partial(begun.batch.swap_in, lease.indices), active.residence)
             batch = begun.batch
             while (unit := batch.next_unit(run.window_tokens, layers=1)) is not None:
-                self._units_left = batch.units_left(run.window_tokens) + run.ends_step(index)
-                self._fusible_tokens = batch.fusible_tokens
+                left = batch.units_left(run.window_tokens) + run.ends_step(index)
+                self.units.offer(left, batch.fusible_tokens)
                 if not await self._permitted(active, held):
                     await self._swap_or_drop(active, begun)
                     return False
-                unit = self._cut(run, batch) or unit
-                place, worked = self._place, batch.worked
-                trains = self._window is None and not run.evaluating
-                took_ms = await self._execute(active, unit)
-                begun.spent += Spent(took_ms, unit.credit)
-                if trains:
-                    self._pace.ran(batch.worked - worked, took_ms / 1e3, place)
-            await self._at_home(active, partial(run.finish, index, batch))
+                unit, worked = self._cut(run, batch) or unit, batch.worked
+                ran = await self._execute(active, unit)
+                begun.spent += Spent(ran.took_ms, unit.credit)
+                if not (ran.fused or run.evaluating):
+                    self._pace.ran(batch.worked - worked, ran.took_ms / 1e3, ran.place)
+            await self.units.at_home(partial(run.finish, index, batch), active.residence)
             active.spent += begun.spent
             if not run.evaluating:
                 self._pace.ended(batch.tokens)
             done = True
         finally:
-            await self._ran_on.drain()  # nothing may still write to rows that become another's
+            await self.units.drain()  # nothing may still write to rows that become another's
             self._spared.end()
             lease.release()
             if begun is not None and not done and active.unfinished is None:
@@ -435,8 +381,8 @@ class Trainer:
     def _cut(self, run: JobRun, batch: MicroBatch) -> WorkUnit | None:
         """The next unit as it is wanted now; while nothing was permitted, memory and the engine's wish may have
         changed."""
-        if self._window is not None and batch.fusible_tokens:
-            return batch.next_unit(self._window, run.layers)
+        if self.units.window is not None and batch.fusible_tokens:
+            return batch.next_unit(self.units.window, run.layers)
         return batch.next_unit(run.window_tokens, layers=1)
 
     async def _swap_or_drop(self, active: ActiveJob, begun: Unfinished) -> None:
@@ -444,25 +390,23 @@ class Trainer:
         doing it again: with the step's others, once its gradients are among theirs."""
         run, batch, size = active.run, begun.batch, begun.batch.swap_bytes
         again = begun.spent + active.spent if batch.has_added else begun.spent
-        slowest = max(
-            (times.recent_ms for kind, times in self.unit_times.items() if kind != "step"), default=0.0
-        )
-        if not self._swapping.swaps(size, spent_ms=again.took_ms, unit_ms=slowest):
+        if not self._swapping.swaps(size, spent_ms=again.took_ms, unit_ms=self.units.unit_ms):
             self._dropped += 1
-            index = await self._at_home(active, partial(run.drop, active.index, batch))
+            index = await self.units.at_home(partial(run.drop, active.index, batch), active.residence)
             if index < active.index:
                 self._tokens -= active.spent.credited
                 active.index, active.spent = index, Spent()
             return
-        self._swapping.copied(size, await self._at_home(active, partial(_timed_ms, batch.swap_out)))
+        took_ms = await self.units.at_home(partial(_timed_ms, batch.swap_out), active.residence)
+        self._swapping.copied(size, took_ms)
         self._swapped += 1
         active.unfinished = begun
 
     async def _end_round(self, active: ActiveJob) -> bool:
         """The optimizer's step or an evaluation's verdict; False when there is no room for the adapter's state."""
         while await self._settled(active):
-            self._units_left, self._fusible_tokens = 1, 0
-            self._set_ready(True)
+            self.units.offer(1)
+            self.units.set_ready(True)
             if await self._permitted(active, lambda: active.residence.settled):
                 await self._execute(active, WorkUnit("step", active.run.end_round))
                 return True
@@ -486,7 +430,7 @@ class Trainer:
         """
 
         def grant() -> Lease | None:
-            wanted, holder = self._changed.set, active.job.id
+            wanted, holder = self.units.wake, active.job.id
             lease = self._pool.grant(slots, wanted, holder=holder)
             if lease is not None and spared:
                 leases = self._pool.grant_spare(spared, active.run.layers, wanted, holder=holder)
@@ -496,7 +440,7 @@ class Trainer:
         while await self._settled(active):
             lease: Lease | None = await self._memory_lane.run(grant)
             if lease is not None:
-                self._set_ready(True)
+                self.units.set_ready(True)
                 return lease
             if not await self._park_another(active):
                 active.block(LEASE_RETRY_S)
@@ -520,63 +464,20 @@ class Trainer:
             if self._queue.asked(active.job.id) is not None:
                 raise Stopped
             if self._spared.wanted:
-                await self._ran_on.drain()
+                await self.units.drain()
                 self._spared.give_back()
             if not held():
                 return False
-            if self._allowance > 0:
+            if self.units.allowed:
                 return True
-            self._changed.clear()
-            self._end_waiting()
-            await self._changed.wait()
+            await self.units.change()
 
-    async def _execute(self, active: ActiveJob, unit: WorkUnit) -> float:
-        """Run a unit; milliseconds that it took."""
-        self._allowance -= 1
-        await self._move_to(self._lane)
-        started, place = time.perf_counter(), self._place
-        async with active.residence.in_use:
-            await self._ran_on.run(unit.run)
-        took = 1e3 * (time.perf_counter() - started)
-        if self._window is None:
-            self.unit_times[unit.kind].add(took * (place.training if place is not None else 1.0))
-        self._turn_ms += took
-        self._shares.add(active.job.id, took)
+    async def _execute(self, active: ActiveJob, unit: WorkUnit) -> Ran:
+        ran = await self.units.run(unit, active.residence)
+        self._turn_ms += ran.took_ms
+        self._shares.add(active.job.id, ran.took_ms)
         self._tokens += unit.credit
-        return took
-
-    async def _at_home(self, active: ActiveJob, work: Callable[[], T]) -> T:
-        """What belongs to a micro-batch and is no unit: on the training lane, never on the event loop's stream."""
-        await self._move_to(self._home)
-        async with active.residence.in_use:
-            done: T = await self._home.run(work)
-        return done
-
-    async def _drained(self) -> None:
-        await self._ran_on.drain()
-
-    async def _move_to(self, lane: UnitLane) -> None:
-        """Lanes do not wait for each other on the device, so what one began is over before another goes on."""
-        if lane is not self._ran_on:
-            await self._ran_on.drain()
-            self._ran_on = lane
-
-    def _set_ready(self, ready: bool) -> None:
-        changed = ready != self._ready
-        self._ready = ready
-        if not ready:
-            self._end_waiting()
-        if changed:
-            self._on_change()
-
-    def _end_waiting(self) -> None:
-        """What was allowed has run, or will not."""
-        if self._spent is not None and not self._spent.done():
-            self._spent.set_result(None)
-
-
-def _nothing() -> None:
-    pass
+        return ran
 
 
 def _timed_ms(work: Callable[[], None]) -> float:
