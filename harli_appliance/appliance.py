@@ -48,6 +48,7 @@ from harli_appliance.models.architectures import (
     FINETUNABLE,
     architecture,
     finetuning_obstacle,
+    longest_context,
     served_context,
 )
 from harli_appliance.models.catalog import config_of, resolve_model
@@ -120,7 +121,7 @@ class Appliance:
             settings,
             model=self._name,
             count_tokens=codec.count_tokens,
-            context_length=context,
+            context_length=longest_context(config_of(folder), context),
             obstacle=self._finetuning_obstacle,
             refuse_unfit=self._refuse_unfit,
         )
@@ -227,7 +228,8 @@ class Appliance:
             max_adapters=settings.training.max_adapters,
             lora=self._finetunes,
             attention=settings.device.attention,
-            graphs=self._cuda is None or not self._cuda.splits,
+            graphs=settings.device.graphs,
+            partitions=self._cuda is not None and bool(self._cuda.splits),
             seed=secrets.randbits(31),  # answers without a seed differ after a restart too
         )
         try:
@@ -238,6 +240,8 @@ class Appliance:
             log.debug("SGLang did not start", exc_info=True)
             why = str(error).partition("\n")[0] or type(error).__name__
             raise ConfigError(f"SGLang cannot load {self._folder}: {why}", param="model") from error
+        if self._cuda is not None:
+            await self._inference.run(self._runtime.capture_graphs, self._cuda.inference_streams)
         self._slots = await self._inference.run(SglangSlots, self._runtime)
         self._pool = SlotPool(
             self._slots,
@@ -360,7 +364,7 @@ class Appliance:
     @property
     def _device(self) -> str:
         if self._gpu is not None:
-            return self._gpu.name
+            return self._gpu.name if self._settings.device.graphs else f"{self._gpu.name}, no graphs"
         inference, training = self._partition.inference, self._partition.training
         return f"{cpu_name()}, {len(inference)}+{len(training)} cores"
 
@@ -388,6 +392,8 @@ class Appliance:
             await self._shelf.close()
         await asyncio.to_thread(self._monitor.close)
         await asyncio.to_thread(self._training.close)
+        if was_ready:
+            await self._inference.run(self._runtime.close_graphs)
         await asyncio.to_thread(self._inference.close)
         if self._cuda is not None:
             self._cuda.close()

@@ -40,7 +40,9 @@ class ServerSettings(Section):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8321, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     api_key: SecretStr | None = Field(
-        None, description="When set, every request must carry it as a bearer token."
+        None,
+        description="When set, every request but those for /health and /ready must carry it, or the key of a "
+        "class, as a bearer token.",
     )
     max_queued_requests: int = Field(256, ge=1, description="Requests waiting beyond this are answered 429.")
     max_upload_mib: int = Field(512, ge=1, description="Largest file that can be uploaded, in MiB.")
@@ -264,6 +266,10 @@ class DeviceSettings(Section):
         None,
         description="SGLang's attention backend on a GPU, e.g. triton; SGLang's own choice when not set.",
     )
+    graphs: bool = Field(
+        True,
+        description="Whether a GPU decodes with CUDA graphs, which are captured at start for every partition.",
+    )
 
 
 class LoggingSettings(Section):
@@ -389,6 +395,7 @@ def load_settings(config: Path | None = None, /, **flags: Any) -> Settings:
     class FileSettings(Settings):
         model_config = SettingsConfigDict(**{**Settings.model_config, "toml_file": path})
 
+    _check_variables()
     try:
         return FileSettings(**flags)
     except tomllib.TOMLDecodeError as error:
@@ -409,13 +416,29 @@ def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> list[s
     return names
 
 
+def _check_variables() -> None:
+    """
+    Raises:
+        ConfigError: a variable of the environment names a section that there is none of; pydantic passes over it.
+    """
+    for variable in os.environ:
+        section, separator, _ = variable.lower().removeprefix("harli_").partition("__")
+        if variable.upper().startswith("HARLI_") and separator and section not in Settings.model_fields:
+            key = variable.lower().removeprefix("harli_").replace("__", ".")
+            raise ConfigError(f"{variable} in the environment: {_unknown(key)}")
+
+
+def _unknown(key: str) -> str:
+    names = setting_names()
+    near = difflib.get_close_matches(key, names + [n.split(".")[0] for n in names], n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else "docs/configuration.md lists the valid ones"
+    return f"unknown setting '{key}': {hint}"
+
+
 def _explain(error: ValidationError, path: Path) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     source = f"{path}: " if path.is_file() else ""
     if first["type"] == "extra_forbidden":
-        names = setting_names()
-        near = difflib.get_close_matches(key, names + [n.split(".")[0] for n in names], n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else "docs/configuration.md lists the valid ones"
-        return f"{source}unknown setting '{key}': {hint}"
+        return f"{source}{_unknown(key)}"
     return f"{source}setting '{key}' is wrong: {first['msg']} (got {first['input']!r})"

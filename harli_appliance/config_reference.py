@@ -36,6 +36,10 @@ A flag wins over the environment, that over `harli.toml`, that over the default.
 refused, with the nearest valid name. In `harli.toml` a setting stands in its section (`[server]`, then
 `port = 8321`); in the environment it is called `HARLI_SERVER__PORT`, and lists are written as JSON.
 
+Three more variables are for the commands that ask an appliance: `HARLI_URL`, where it is; `HARLI_API_KEY`, the key
+that they send, which is not the one that the server wants (`HARLI_SERVER__API_KEY`); and `HARLI_THEME`, of the
+dashboard. Where nothing says otherwise `home` lies in `XDG_DATA_HOME`.
+
 This page is generated from the settings by `python -m harli_appliance.config_reference`.
 """
 

@@ -206,6 +206,27 @@ def test_a_wrong_file_is_refused_in_one_line_that_names_it(tmp_path: Path, toml,
 
 
 @pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        ("HARLI_SERVR__PORT", "unknown setting 'servr.port': did you mean 'server.port'?"),
+        (
+            "HARLI_SLOS__BATCH__TPOT_MS",
+            "unknown setting 'slos.batch.tpot_ms': did you mean 'slo.batch.tpot_ms'?",
+        ),
+        ("harli_x__y", "unknown setting 'x.y': docs/configuration.md lists the valid ones"),
+    ],
+)
+def test_a_variable_of_no_section_is_refused(monkeypatch: pytest.MonkeyPatch, variable, said):
+    monkeypatch.setenv("HARLI_URL", "http://127.0.0.1:1")  # is for commands
+    monkeypatch.setenv("OTHER__THING", "1")
+    load_settings()
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(ConfigError) as error:
+        load_settings()
+    assert error.value.message == f"{variable} in the environment: {said}"
+
+
+@pytest.mark.parametrize(
     ("assignments", "said"),
     [
         (["server.port"], "--set 'server.port' sets nothing; write e.g. --set memory.pool_slots=8192"),

@@ -230,6 +230,7 @@ def test_lanes_go_where_the_decision_puts_them() -> None:
     made = partitions(api)
     lanes = CudaLanes(made, cuda)
     assert lanes.splits == made.splits
+    assert lanes.inference_streams == [made.streams(split)[0] for split in made.splits]
     for split in made.splits:
         lanes.arrange(decided("partition", split=split))
         assert where(lanes, cuda) == tuple(stream.name for stream in made.streams(split))

@@ -17,7 +17,12 @@ from safetensors.numpy import load_file
 from harli_appliance.config import Settings, load_settings
 from harli_appliance.errors import ConfigError
 from harli_appliance.models import fetch
-from harli_appliance.models.architectures import FINETUNABLE, finetuning_obstacle, served_context
+from harli_appliance.models.architectures import (
+    FINETUNABLE,
+    finetuning_obstacle,
+    longest_context,
+    served_context,
+)
 from harli_appliance.models.catalog import CATALOG, CatalogEntry, installed_models, resolve_model
 from harli_appliance.models.gguf_llama import convert
 
@@ -400,6 +405,36 @@ def test_the_context_ends_where_sglang_leaves_the_model(
     config: dict[str, object], wanted: int | None, served: int | None
 ) -> None:
     assert served_context(config, wanted) == served
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted", "longest"),
+    [
+        ({"max_position_embeddings": 8192}, None, 8192),
+        ({"max_position_embeddings": 8192}, 2048, 2048),
+        ({"max_position_embeddings": 2048, "rope_scaling": {"type": "linear", "factor": 4.0}}, None, 8192),
+        (
+            {"max_position_embeddings": 8192, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            None,
+            8192,
+        ),
+        (
+            {
+                "max_position_embeddings": 8192,
+                "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 2048},
+            },
+            None,
+            8192,
+        ),
+        ({**MISTRAL, "sliding_window": 1024, "max_position_embeddings": 8192}, None, 1024),
+        ({}, None, None),
+        ({}, 512, 512),
+    ],
+)
+def test_an_example_is_as_long_as_sglang_would_take_it(
+    config: dict[str, object], wanted: int | None, longest: int | None
+) -> None:
+    assert longest_context(config, wanted) == longest
 
 
 def test_a_context_longer_than_an_ignored_window_is_refused() -> None:

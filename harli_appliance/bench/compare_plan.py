@@ -126,7 +126,10 @@ class ComparePlan(BaseModel):
             settings: a person's, of which it takes over what the machine may need.
         """
         needed: dict[str, dict[str, str | int | None]] = {
-            "device": {"attention": settings.device.attention},
+            "device": {
+                "attention": settings.device.attention,
+                "graphs": None if settings.device.graphs else False,
+            },
             "memory": {"pool_slots": settings.memory.pool_slots},
         }
         set_ = {

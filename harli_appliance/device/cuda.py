@@ -188,6 +188,11 @@ class CudaLanes:
     def splits(self) -> Sequence[Split]:
         return self._partitions.splits if self._partitions is not None else ()
 
+    @property
+    def inference_streams(self) -> list[Any]:
+        """Of the inference lane on each split."""
+        return [self._partitions.streams(split)[0] for split in self.splits] if self._partitions else []
+
     def arrange(self, decision: Decision) -> None:
         """Put the lanes where `decision` wants them: on its split when both run, else on the whole device.
 

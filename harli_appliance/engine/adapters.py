@@ -64,10 +64,7 @@ class AdapterShelf:
     async def _put(self, name: str, folder: Path, job: str | None) -> Version:
         async with self._changing:
             version = Version(name, f"{name}#{uuid.uuid4().hex[:8]}", folder, job)
-            # SGLang wants names to be unique among what is loaded, so versions carry their id as name too.
-            await self._lane.run(
-                self._runtime.load_adapter, version.adapter_id, version.adapter_id, str(folder)
-            )
+            await self._lane.run(self._runtime.load_adapter, version.adapter_id, name, str(folder))
             before = self._current.get(name)
             self._current[name] = version
             if before is not None:
@@ -137,6 +134,6 @@ class AdapterShelf:
 
     async def _unload_now(self, version: Version) -> None:
         try:
-            await self._lane.run(self._runtime.unload_adapter, version.adapter_id, version.adapter_id)
+            await self._lane.run(self._runtime.unload_adapter, version.adapter_id, version.name)
         except HarliError as error:  # it stays loaded and unused: memory is lost, answers are not
             log.error("an adapter cannot be unloaded", adapter=version.name, why=error.message)

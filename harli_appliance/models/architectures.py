@@ -75,6 +75,21 @@ def served_context(config: Mapping[str, Any], wanted: int | None) -> int | None:
     return wanted or min(window, int(config.get("max_position_embeddings", window)))
 
 
+def longest_context(config: Mapping[str, Any], wanted: int | None) -> int | None:
+    """Tokens that an answer with its prompt, or an example, may have at most; None where the model does not say.
+
+    Raises:
+        ConfigError: see `served_context`.
+    """
+    served, own = served_context(config, wanted), config.get("max_position_embeddings")
+    if own is None:
+        return served
+    scaling = config.get("rope_scaling") or {}
+    counted = "original_max_position_embeddings" in scaling or scaling.get("rope_type") == "llama3"
+    own = int(own * (1.0 if counted else scaling.get("factor", 1.0)))
+    return own if served is None else min(own, served)
+
+
 def _ignored_window(config: Mapping[str, Any]) -> int | None:
     """The attention window that a model was trained with and that SGLang does not apply."""
     name = architecture(config)

@@ -83,4 +83,4 @@ def _projections(config: Any) -> Mapping[str, tuple[int, int]]:
 
 
 def _refusal(name: str, why: str) -> UsageError:
-    return UsageError(f"adapter {name!r} cannot be served: {why}", code="invalid_adapter", param="model")
+    return UsageError(f"adapter {name!r} cannot be served: {why}", code="invalid_adapter", param="lora_path")

@@ -27,8 +27,21 @@ class RuntimeOptions:
     seed: int = 0
     attention: str | None = None
     graphs: bool = True
-    """Whether a GPU decodes with CUDA graphs. SGLang captures them on the whole device, and a graph stays where it
-    was captured: with SM partitions it would take the training lane's SMs too."""
+    """Whether a GPU decodes with CUDA graphs."""
+    partitions: bool = False
+    """Whether steps run on a part of a GPU at times, where graphs of the whole of it are of no use."""
+
+
+GRAPH_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Requests of a decode step for which graphs are captured where every partition has a set of its own; others take
+the next larger one. Fewer than SGLang would capture: a step takes hardly longer for a few rows more."""
+
+
+def graph_batches(most: int) -> list[int]:
+    """Those up to `most` requests, beyond the largest of them in equal steps, and `most`."""
+    largest = GRAPH_BATCHES[-1]
+    further = range(largest + largest // 2, most, largest // 2)
+    return [*(batch for batch in (*GRAPH_BATCHES, *further) if batch < most), most]
 
 
 def server_arguments(options: RuntimeOptions) -> dict[str, Any]:
@@ -62,6 +75,11 @@ def server_arguments(options: RuntimeOptions) -> dict[str, Any]:
             "attention_backend": options.attention,
             "disable_cuda_graph": not options.graphs,
         }
+        if options.graphs and options.partitions:
+            arguments |= {
+                "cuda_graph_bs_decode": graph_batches(options.max_running_requests),
+                "disable_prefill_cuda_graph": True,  # captured on the whole device only
+            }
     if options.lora:
         arguments |= {
             "enable_lora": True,

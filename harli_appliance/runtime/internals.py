@@ -112,6 +112,7 @@ NAMES = {
     ),
     "sglang.srt.mem_cache.base_prefix_cache": "EvictParams.num_tokens",
     "sglang.srt.mem_cache.common": "release_kv_cache",
+    "sglang.srt.mem_cache.kv_index_translator": "KVIndexTranslator.bind_and_verify_backends",
     "sglang.srt.mem_cache.memory_pool": (
         "KVWriteLoc.loc MHATokenToKVPool.set_kv_buffer MHATokenToKVPool.get_kv_buffer "
         "MHATokenToKVPool.get_key_buffer MHATokenToKVPool.get_kv_size_bytes MHATokenToKVPool.k_buffer "
@@ -126,9 +127,23 @@ NAMES = {
         "ForwardMode.is_decode ForwardMode.is_extend"
     ),
     "sglang.srt.model_executor.model_runner": (
-        "ModelRunner.model ModelRunner.sampler ModelRunner.attn_backend"
+        "ModelRunner.model ModelRunner.sampler ModelRunner.attn_backend "
+        "ModelRunner.decode_cuda_graph_runner ModelRunner.decode_attn_backend_group "
+        "ModelRunner.kv_index_translator"
+    ),
+    "sglang.srt.model_executor.model_runner_components.attention_backend_setup": (
+        "build_attention_backends AttentionBackends.attn_backend"
+    ),
+    "sglang.srt.model_executor.runner.decode_cuda_graph_runner": (
+        "model_capture_mode get_stream_groups DecodeCudaGraphRunner.capture "
+        "DecodeCudaGraphRunner.maybe_init_pdmux DecodeCudaGraphRunner.enable_pdmux"
     ),
     "sglang.srt.models.registry": "ModelRegistry.is_arch_supported",
+    "sglang.srt.model_executor.runner.shape_key": "ShapeKey.stream_idx",
+    "sglang.srt.model_executor.runner_backend.full_cuda_graph_backend": (
+        "FullCudaGraphBackend._graphs FullCudaGraphBackend._outputs"
+    ),
+    "sglang.srt.multiplex.pdmux_context": "STREAM_GROUPS set_current_stream_idx",
     "sglang.srt.runtime_context": "SpawnRanks get_server_args publish spawn_world_rank",
     "sglang.srt.sampling.sampling_batch_info": (
         "SamplingBatchInfo.top_ks SamplingBatchInfo.top_ps SamplingBatchInfo.min_ps"

@@ -31,7 +31,7 @@ def check(submission: Submission, vocabulary: int, context: int) -> None:
     _check_ids(submission.prompt, vocabulary, "prompt")
     _check_ids(sampling.stop_token_ids, vocabulary, "stop_token_ids")
     if not submission.prompt:
-        raise UsageError("the prompt has no tokens", param="prompt")
+        raise UsageError("the prompt has no tokens; write a message", param="prompt")
     if len(submission.prompt) + sampling.max_tokens > context:
         raise UsageError(
             f"{len(submission.prompt)} tokens of the prompt and {sampling.max_tokens} of the answer exceed the "
@@ -41,7 +41,7 @@ def check(submission: Submission, vocabulary: int, context: int) -> None:
         )
     if sampling.min_tokens > sampling.max_tokens:
         raise UsageError(
-            f"min_tokens {sampling.min_tokens} is more than max_tokens {sampling.max_tokens}",
+            f"min_tokens {sampling.min_tokens} is more than max_tokens {sampling.max_tokens}; lower it",
             param="min_tokens",
         )
     if sampling.ignore_eos and sampling.stop_token_ids:
@@ -53,7 +53,8 @@ def check(submission: Submission, vocabulary: int, context: int) -> None:
         # Where the schema ends, only an end token is allowed.
         field = "ignore_eos" if sampling.ignore_eos else "min_tokens"
         raise UsageError(
-            f"'{field}' contradicts 'response_format', which says where the answer ends", param=field
+            f"'{field}' contradicts 'response_format', which says where the answer ends; leave '{field}' out",
+            param=field,
         )
 
 

@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,6 +33,9 @@ from harli_appliance.runtime.protocol import (
     StepPlan,
     Submission,
 )
+
+if TYPE_CHECKING:
+    from harli_appliance.runtime.partition_graphs import PartitionGraphs
 
 cpu_stand_ins.install()
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
@@ -146,6 +149,7 @@ class SglangRuntime:
         self._replace_sockets()
         self._live: dict[str, _Live] = {}
         self._options = options
+        self._graphs: PartitionGraphs | None = None
 
     def _replace_sockets(self) -> None:
         # These dataclasses are frozen; their sockets were opened a moment ago and nobody listens.
@@ -177,6 +181,21 @@ class SglangRuntime:
     def context_length(self) -> int:
         # SGLang keeps one slot for a dummy token and cuts requests one token short of its limit.
         return int(self._scheduler.max_req_len) - 1
+
+    # -- partitions of a GPU -------------------------------------------------------------------------
+
+    def capture_graphs(self, streams: Sequence[Any]) -> None:
+        """Capture decode graphs on these streams too, where there are graphs at all; before anything runs."""
+        model_runner = self._scheduler.tp_worker.model_runner
+        if streams and model_runner.decode_cuda_graph_runner is not None:
+            from harli_appliance.runtime.partition_graphs import PartitionGraphs
+
+            self._graphs = PartitionGraphs(model_runner, streams)
+
+    def close_graphs(self) -> None:
+        """Let go of those, which must be gone before the partitions are."""
+        if self._graphs is not None:
+            self._graphs.close()
 
     # -- requests ------------------------------------------------------------------------------------
 
@@ -284,6 +303,8 @@ class SglangRuntime:
         batch: Any = plan.handle
         started = time.perf_counter()
         self._sampler.expect(batch.reqs)
+        if self._graphs is not None:
+            self._graphs.follow(torch.cuda.current_stream())
         with torch.inference_mode():
             result = self._scheduler.run_batch(batch)
             self._scheduler.process_batch_result(batch, result)
@@ -341,22 +362,25 @@ class SglangRuntime:
 
     def load_adapter(self, adapter_id: str, name: str, path: str) -> None:
         if not self._options.lora:
-            raise UsageError(f"adapter {name!r} cannot be served: the model runs without LoRA", param="model")
+            raise UsageError(
+                f"adapter {name!r} cannot be served: the model runs without LoRA", param="lora_path"
+            )
         config = self._scheduler.model_config.hf_text_config
         check_adapter(name, Path(path), config, self._options.max_lora_rank)
+        # SGLang wants names to be unique among what is loaded, and several versions may have this one.
         result = self._scheduler.load_lora_adapter(
-            LoadLoRAAdapterReqInput(lora_name=name, lora_path=path, lora_id=adapter_id)
+            LoadLoRAAdapterReqInput(lora_name=adapter_id, lora_path=path, lora_id=adapter_id)
         )
         if not result.success:
             raise UsageError(
                 f"adapter {name!r} cannot be served: {result.error_message}",
                 code="invalid_adapter",
-                param="model",
+                param="lora_path",
             )
 
     def unload_adapter(self, adapter_id: str, name: str) -> None:
         result = self._scheduler.unload_lora_adapter(
-            UnloadLoRAAdapterReqInput(lora_name=name, lora_id=adapter_id)
+            UnloadLoRAAdapterReqInput(lora_name=adapter_id, lora_id=adapter_id)
         )
         if not result.success:
             raise UsageError(f"adapter {name!r} cannot be unloaded: {result.error_message}", param="model")
