@@ -4,7 +4,7 @@
     +-- UsageError               400  exit 2   the caller asked for something that cannot be
     |   +-- UnsupportedParameter 400  exit 2   a known field that this appliance does not implement
     |   +-- DatasetError         400  exit 1   a training file is malformed (carries every finding)
-    |   +-- ConfigError          500  exit 2   harli.toml, environment or flags are wrong
+    +-- ConfigError              500  exit 2   harli.toml, environment or flags are wrong
     +-- AuthenticationError      401  exit 1
     +-- NotFound                 404  exit 1
     +-- Conflict                 409  exit 1   the state of the thing forbids it; retrying will not help

@@ -205,6 +205,25 @@ async def test_a_job_with_the_older_hyperparameters(client: openai.AsyncOpenAI, 
 
 
 @pytest.mark.parametrize(
+    ("fields", "hint"),
+    [
+        ({"lora_rank": 4}, "unknown parameter 'lora_rank': write it as 'hyperparameters.lora_rank'"),
+        (
+            {"hyperparameters": {"beta": 0.1}},
+            "unknown parameter 'hyperparameters.beta': write it as 'method.dpo.hyperparameters.beta'",
+        ),
+        ({"sufix": "x"}, "unknown parameter 'sufix': did you mean 'suffix'?"),
+    ],
+)
+async def test_a_hyperparameter_in_the_wrong_place_is_told_the_right_one(
+    http: aiohttp.ClientSession, fields: dict[str, object], hint: str
+) -> None:
+    body = {"model": "m", "training_file": "file-1", **fields}
+    async with http.post("/v1/fine_tuning/jobs", json=body) as response:
+        assert (await response.json())["error"]["message"] == hint
+
+
+@pytest.mark.parametrize(
     ("fields", "code", "param"),
     [
         (

@@ -259,7 +259,8 @@ def test_files_hold_every_run_request_and_moment(
     for expected in ("What is compared", "adaptive wins", "90ms", "How it was measured", "harli bench run"):
         assert expected in page
     pictures = page.split("<svg")[1:]
-    assert len(pictures) == 2 * 3 + 2
+    assert len(pictures) == 2 * 3 + 2 + 1
+    assert "All promises together" in page
     for picture in pictures:
         ElementTree.fromstring(  # noqa: S314 - our own
             "<svg" + picture.split("</svg>")[0] + "</svg>"

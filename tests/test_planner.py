@@ -97,7 +97,7 @@ def test_a_folder_s_config_is_a_shape(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gpu", GPUS)
 def test_splits_are_what_the_driver_can_make(gpu: str) -> None:
     device = find_gpu(gpu)
-    sizes = [int(split.name) for split in device.splits()]
+    sizes = [int(split.name.partition("+")[0]) for split in device.splits()]
     assert sizes == sorted(set(sizes))
     assert len(sizes) >= 5
     for split, size in zip(device.splits(), sizes, strict=True):
@@ -362,6 +362,7 @@ def test_a_model_that_does_not_fit_is_refused() -> None:
         (["--policies", "best"], "choose from adaptive"),
         (["--policies", "static:7"], "no such split; choose static:16"),
         (["--slo-tpot", "fast"], "write a time such as 40ms"),
+        (["--slo-ttft", "5000"], "write a time such as 800ms or 5s"),
         (["--validate"], "give both"),
         (["--loads", "half"], "shares of what can be served"),
         (["--start", "1e6", "--trace", "TRACE"], "no request arrives"),

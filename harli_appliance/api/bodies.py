@@ -138,8 +138,11 @@ def _explain(model: type[Body], fault: ErrorDetails) -> UsageError:
     if fault["type"] == CONTRADICTION:
         return UsageError(context["message"], param=param)
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], sorted(set(_names(model))), n=1, cutoff=0.6)
+        places = dict(_names(model))
+        near = difflib.get_close_matches(path[-1], sorted(places), n=1, cutoff=0.6)
         hint = f"did you mean '{near[0]}'?" if near else "leave it out"
+        if path[-1] in places:
+            hint = f"write it as '{places[path[-1]]}'"
         return UsageError(f"unknown parameter '{param}': {hint}", code="unknown_parameter", param=param)
     if fault["type"] == "missing":
         return UsageError(f"'{param}' is required", code="missing_parameter", param=param)
@@ -154,13 +157,14 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _names(model: type[Body]) -> Iterator[str]:
-    yield from model.neutral
+def _names(model: type[Body], place: str = "") -> Iterator[tuple[str, str]]:
+    """Every parameter, and where it stands; the outermost place of a name comes last."""
     for name, field in model.model_fields.items():
-        yield name
         for kind in _types(field.annotation):
             if isinstance(kind, type) and issubclass(kind, Body):
-                yield from _names(kind)
+                yield from _names(kind, f"{place}{name}.")
+    for name in (*model.neutral, *model.model_fields):
+        yield name, place + name
 
 
 def _types(annotation: Any) -> Iterator[Any]:

@@ -86,8 +86,14 @@ def _measure(
 ) -> None:
     """Make the runs that are missing."""
     basis = store.basis()
-    if basis is not None and all(store.has(run) for run in plan.runs(basis.kept)):
+    missing = sum(not store.has(run) for run in plan.runs(basis.kept if basis is not None else None))
+    if basis is not None and not missing:
         return
+    narrator.console.print(
+        f"{missing} runs of {plan.length_s:.0f} s: at least {missing * plan.length_s / 60:.0f} minutes"
+        + ("" if basis else ", after some in which it is found what serving alone can take"),
+        highlight=False,
+    )
     folder = fetch_model(plan.model, settings, narrator)
     telling = Steps(narrator)
     with scratch_home(settings) as home:

@@ -27,7 +27,7 @@ _SAID: Final = {
 
 def build_page(report: Mapping[str, Any], found: Mapping[Run, RunFile]) -> Page:
     """The content of ``report.html``."""
-    parts: list[Words | Grid | Picture] = [_verdict_grid(report)]
+    parts: list[Words | Grid | Picture] = [_verdict_grid(report), *_together(report)]
     for section in report["slos"].values():
         if section["policies"]:
             parts += _section(section, found)
@@ -97,6 +97,32 @@ def _verdict_grid(report: Mapping[str, Any]) -> Grid:
         ("promise and load", "", f"finetune tokens/s of {OURS}, of the rival, and the difference"),
         rows,
     )
+
+
+def _together(report: Mapping[str, Any]) -> list[Picture]:
+    """All promises in one picture, where there are several."""
+    sections = [section["policies"] for section in report["slos"].values() if section["policies"]]
+    if len(sections) < 2:
+        return []
+    pooled: dict[str, dict[str, dict[str, float | None]]] = {}
+    for name, loads in sections[0].items():
+        for load in loads:
+            cells = [policies[name][load] for policies in sections if load in policies.get(name, {})]
+            requests = sum(cell["requests"] for cell in cells)
+            kept = sum(round((cell["attainment"] or 0.0) * cell["requests"]) for cell in cells)
+            pooled.setdefault(name, {})[load] = {
+                "attainment": kept / requests if requests else None,
+                "finetune_tokens_per_s": sum(cell["finetune_tokens_per_s"] for cell in cells) / len(cells),
+                "finetune_tokens_per_s_ci": None,
+            }
+    return [
+        Picture(
+            "All promises together",
+            "The mean of the finetuning speeds under all promises against the share of all requests that kept "
+            "theirs. Up is more finetuning, right is more kept promises; the orange line is at 99%.",
+            trade_off(pooled, "together"),
+        )
+    ]
 
 
 def _section(section: Mapping[str, Any], found: Mapping[Run, RunFile]) -> list[Words | Grid | Picture]:

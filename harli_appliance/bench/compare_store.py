@@ -120,7 +120,9 @@ class CompareStore:
                 param="out",
             )
         if earlier is None and resume:
-            raise UsageError(f"{self.folder} holds no comparison to resume", param="resume")
+            raise UsageError(
+                f"{self.folder} holds no comparison to go on with; leave --resume out", param="resume"
+            )
         if earlier is not None and (other := _differing(plan, earlier)):
             raise UsageError(
                 f"the comparison in {self.folder} has another {', '.join(other)}; repeat its command with "

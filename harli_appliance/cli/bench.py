@@ -250,7 +250,9 @@ def device(
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="SECTION", help="Measure only this; may be given several times."),
+        typer.Option(
+            metavar="SECTION", help="Measure only this (a wrong name lists them); may be given several times."
+        ),
     ] = None,
     budget: Annotated[
         float, typer.Option(metavar="SECONDS", help="Begin no section after so many seconds.")

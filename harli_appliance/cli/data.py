@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from harli_appliance.cli.output import note, print_json
-
-if TYPE_CHECKING:
-    from harli_appliance.cli.lengths import Lengths
 
 app = typer.Typer(help="Training files: check them before they are uploaded.", no_args_is_help=True)
 
@@ -31,15 +28,19 @@ def check(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a training file; exit 1 when it would be refused."""
-    from harli_appliance.training.dataset import check_dataset
+    from harli_appliance.cli.lengths import installed_lengths
+    from harli_appliance.config import load_settings
+    from harli_appliance.training.dataset import MIB, check_dataset
 
-    lengths = _lengths(model)
-    if lengths is None:
-        report = check_dataset(file, max_findings=sys.maxsize)
-    else:
-        report = check_dataset(
-            file, count_tokens=lengths.count, context_length=lengths.context, max_findings=sys.maxsize
-        )
+    settings = load_settings()
+    lengths = installed_lengths(settings, model)
+    report = check_dataset(
+        file,
+        count_tokens=lengths.count if lengths is not None else None,
+        context_length=lengths.context if lengths is not None else None,
+        max_file_bytes=settings.server.max_upload_mib * MIB,
+        max_findings=sys.maxsize,
+    )
     if json:
         print_json(report.as_json())
     else:
@@ -54,14 +55,6 @@ def check(
         if lengths is None:
             note("lengths in tokens were not checked: no model is installed; name one with --model")
     raise typer.Exit(0 if report.ok else 1)
-
-
-def _lengths(model: str | None) -> Lengths | None:
-    """How the model counts; None when none was asked for and the configured one is not on this machine."""
-    from harli_appliance.cli.lengths import installed_lengths
-    from harli_appliance.config import load_settings
-
-    return installed_lengths(load_settings(), model)
 
 
 def _count(number: int, noun: str) -> str:

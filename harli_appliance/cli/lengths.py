@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from harli_appliance.config import Settings
 from harli_appliance.errors import ConfigError
+from harli_appliance.models.architectures import longest_context
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Lengths:
     """Counts the tokens of a conversation as `model` sees it; `context` is the most it can take."""
 
     model: Path
-    context: int
+    context: int | None
     tokenizer: Tokenizer
     template: Template
     words: Mapping[str, str]
@@ -61,11 +62,10 @@ def _load(folder: Path, longest: int | None) -> Lengths:
         details = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         source = _template(folder, details)
-        context = int(config["max_position_embeddings"])
         template = _environment().from_string(source)
     except Exception as error:  # tokenizers raises plain Exceptions
         raise ConfigError(f"{folder}: cannot count tokens with this model: {error}", param="model") from error
-    return Lengths(folder, min(context, longest or context), tokenizer, template, _words(details))
+    return Lengths(folder, longest_context(config, longest), tokenizer, template, _words(details))
 
 
 def _template(folder: Path, details: Mapping[str, Any]) -> str:

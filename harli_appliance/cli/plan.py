@@ -22,7 +22,10 @@ LEAD_S = 30.0
 def plan(
     gpu: Annotated[str, typer.Option(metavar="NAME", help="h100, h200, a100-80 or l40s.")] = "h100",
     model: Annotated[
-        str, typer.Option(metavar="MODEL", help="A built-in model's name, or a Hugging Face folder.")
+        str,
+        typer.Option(
+            metavar="MODEL", help="A built-in model (a wrong name lists them), or a Hugging Face folder."
+        ),
     ] = "meta-llama/Llama-3.1-8B",
     trace: Annotated[
         Path | None,
@@ -35,7 +38,7 @@ def plan(
             help="Time per token: 40ms, or 1.5x that of requests served alone, one by one (p99).",
         ),
     ] = "1.5x",
-    slo_ttft: Annotated[float, typer.Option(metavar="MS", help="Time to the first token.", min=1)] = 5000.0,
+    slo_ttft: Annotated[str, typer.Option(metavar="TIME", help="Promised time to the first token.")] = "5s",
     policies: Annotated[
         str, typer.Option(metavar="LIST", help="Policies; 'static' stands for every split of the device.")
     ] = POLICIES,
@@ -78,12 +81,17 @@ def plan(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Simulate what finetuning a GPU leaves room for at which load and SLO, and which policy wins."""
+    """Simulate finetuning beside serving on a GPU: how much fits at which load and promise; which policy wins."""
     from dataclasses import replace
 
     from rich.console import Console
 
-    from harli_appliance.bench.compare_plan import parse_loads, parse_policies, parse_slos
+    from harli_appliance.bench.compare_plan import (
+        parse_loads,
+        parse_milliseconds,
+        parse_policies,
+        parse_slos,
+    )
     from harli_appliance.planner.gpus import find_gpu
     from harli_appliance.planner.measured import Measured
     from harli_appliance.planner.plan import Question, read_trace, simulate
@@ -109,7 +117,7 @@ def plan(
         fleet=fleet,
         trace=read_trace(trace, start, lead + duration, skip_bad=skip_bad),
         promises=parse_slos(slo_tpot),
-        ttft_ms=slo_ttft,
+        ttft_ms=parse_milliseconds("slo-ttft", slo_ttft),
         policies=parse_policies(policies),
         loads=parse_loads(loads),
         lead_s=lead,

@@ -161,7 +161,10 @@ def models(json: Json = False, url: Url = None) -> None:
 def top(
     once: Annotated[bool, typer.Option("--once", help="Print one snapshot as text and end.")] = False,
     theme: Annotated[
-        str | None, typer.Option(envvar="HARLI_THEME", help="Colours: the name of a file in themes/.")
+        str | None,
+        typer.Option(
+            envvar="HARLI_THEME", help="Colours: dark, light, or the name of another file in themes/."
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one snapshot as JSON and end.")] = False,
     url: Url = None,

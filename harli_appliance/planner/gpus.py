@@ -54,9 +54,11 @@ class Gpu:
     sm_least: int
 
     def splits(self) -> tuple[Split, ...]:
-        """The ways to split the SMs that the appliance would make, named after those of the inference lane."""
+        """The ways to split the SMs that the appliance would make, with the names that it would give them."""
         sizes = split_sizes(Sms(None, self.sms, self.sm_least, self.sm_grain))
-        return tuple(Split(str(size), size / self.sms, 1.0 - size / self.sms) for size in sizes)
+        return tuple(
+            Split(f"{size}+{self.sms - size}", size / self.sms, 1.0 - size / self.sms) for size in sizes
+        )
 
 
 GPUS: dict[str, Gpu] = {

@@ -15,7 +15,7 @@ POLICIES: Final = {
     "adaptive": "trains beside answers that come faster than promised; prompts wait that would make them late",
     "harli": "trains beside a step whose predicted time fits the promise (arXiv 2511.11729)",
     "naive": "always trains beside answers; nothing is predicted",
-    "static": "always trains, on one split of the device that never changes",
+    "static": "always trains, on one split of the device that never changes; the most even one unless it is named",
     "flexllm": "puts a fixed number of training tokens into every step (arXiv 2402.18789)",
     "llmstation": "runs a fixed piece of training beside every step, and waits for both",
     "adaptive-no-predictor": "trains beside answers while none is behind; nothing is predicted",
@@ -26,10 +26,10 @@ POLICIES: Final = {
     "time_slice:64": _TURNS.format(64),
     "time_slice:128": _TURNS.format(128),
     "time_slice:512": _TURNS.format(512),
-    "serve_only": "never trains beside answers",
+    "serve_only": "never trains, also with nothing to serve",
     "train_only": "answers wait while there is something to train",
 }
-"""Every policy and what it does. ``static`` takes the name of a split where a device has several."""
+"""Every policy and what it does. ``static:SPLIT`` names the split where a device has several."""
 
 POLICY_NAMES = tuple(POLICIES)
 """The first is the default."""

@@ -60,6 +60,8 @@ def make_policy(name: str, splits: Sequence[Split] = ()) -> Policy:
 def _split(name: str, splits: Sequence[Split]) -> Split | None:
     if not splits and name == "static":
         return None
+    if name == "static":
+        return min(splits, key=lambda split: abs(split.inference - 0.5))
     for split in splits:
         if split.name == name:
             return split
