@@ -89,10 +89,13 @@ def _measure(
     missing = sum(not store.has(run) for run in plan.runs(basis.kept if basis is not None else None))
     if basis is not None and not missing:
         return
+    together_s = missing * plan.length_s
     narrator.console.print(
-        f"{missing} runs of {plan.length_s:.0f} s: at least {missing * plan.length_s / 60:.0f} minutes"
-        + ("" if basis else ", after some in which it is found what serving alone can take"),
+        f"{missing} runs of {plan.length_s:.0f} s: at least "
+        + (f"{together_s / 60:.0f} minutes" if together_s >= 120 else f"{together_s:.0f} s")
+        + ("" if basis else ", after some minutes in which it is found what serving alone can take"),
         highlight=False,
+        soft_wrap=True,
     )
     folder = fetch_model(plan.model, settings, narrator)
     telling = Steps(narrator)
