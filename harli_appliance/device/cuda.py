@@ -20,7 +20,7 @@ from harli_appliance.device.driver import CudaDriver, Driver, Sms
 from harli_appliance.device.gpu import FALLBACK, Gpu, partition_obstacle
 from harli_appliance.device.sizes import split_sizes
 from harli_appliance.errors import PartitionsUnavailable
-from harli_appliance.scheduling.types import Decision, Split
+from harli_appliance.scheduling.types import Decision, Split, most_even
 
 log = structlog.get_logger(__name__)
 
@@ -67,7 +67,7 @@ class CudaPartitions:
     @property
     def even(self) -> Split:
         """The split nearest to half each."""
-        return min(self._pairs, key=lambda split: abs(split.inference - 0.5))
+        return most_even(self._pairs)
 
     def streams(self, split: Split) -> tuple[Any, Any]:
         """The inference and the training lane's stream."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -39,6 +39,11 @@ class Split:
     name: str
     inference: float
     training: float
+
+
+def most_even(splits: Iterable[Split]) -> Split:
+    """The one nearest to half each, of at least one."""
+    return min(splits, key=lambda split: abs(split.inference - 0.5))
 
 
 @dataclass(frozen=True, slots=True)

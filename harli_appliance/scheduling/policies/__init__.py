@@ -18,7 +18,7 @@ from harli_appliance.scheduling.policies.serve_only import ServeOnly
 from harli_appliance.scheduling.policies.static import Static
 from harli_appliance.scheduling.policies.time_slice import TimeSlice
 from harli_appliance.scheduling.policies.train_only import TrainOnly
-from harli_appliance.scheduling.types import Split
+from harli_appliance.scheduling.types import Split, most_even
 
 __all__ = ["Policy", "Situation", "make_policy"]
 
@@ -58,10 +58,8 @@ def make_policy(name: str, splits: Sequence[Split] = ()) -> Policy:
 
 
 def _split(name: str, splits: Sequence[Split]) -> Split | None:
-    if not splits and name == "static":
-        return None
     if name == "static":
-        return min(splits, key=lambda split: abs(split.inference - 0.5))
+        return most_even(splits) if splits else None
     for split in splits:
         if split.name == name:
             return split
