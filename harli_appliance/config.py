@@ -248,6 +248,11 @@ class TrainingSettings(Section):
         10, ge=1, description="Optimizer steps between two checkpoints of a running job."
     )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept for a job.")
+    fused_kernels: bool = Field(
+        True,
+        description="Whether finetuning on a GPU takes liger-kernel's norms and cross-entropy and torch's "
+        "variable-length attention, where they are installed and give the same numbers.",
+    )
 
     def sizes(self, *, gpu: bool) -> Sizes:
         """What is set, and for the rest what suits the device."""

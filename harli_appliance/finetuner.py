@@ -27,6 +27,7 @@ from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.dataset import read_examples
 from harli_appliance.training.exercise import Exercise
+from harli_appliance.training.fused_kernels import fuse
 from harli_appliance.training.hyperparameters import adapter_name
 from harli_appliance.training.job_run import JobRun, RunOptions
 from harli_appliance.training.packing import Encoded, encode
@@ -82,7 +83,9 @@ class Finetuner:
         """Put modules around the served weights, and have memory set aside for units."""
         from harli_appliance.runtime.weights import shared_model  # imports SGLang, which takes seconds
 
-        self._backbone = Backbone(await self._lane.run(shared_model, runtime.model, folder))
+        model = await self._lane.run(shared_model, runtime.model, folder)
+        fused = cuda is not None and self._settings.training.fused_kernels
+        self._backbone = Backbone(model, await self._lane.run(fuse, model) if fused else None)
         if cuda is not None:
             # torch prefers cuDNN's attention on Hopper, which is compiled anew for every length there is.
             torch.backends.cuda.enable_cudnn_sdp(False)

@@ -166,6 +166,7 @@ def test_missing_kernels_are_told_by_name() -> None:
     assert [(check.name, check.level) for check in check_kernels(none)] == [
         ("sglang-kernel", "fail"),
         ("flashinfer-python", "warn"),
+        ("liger-kernel", "warn"),
     ]
     assert {check.level for check in check_kernels(lambda name: "1.0")} == {"ok"}
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -15,6 +16,7 @@ from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.engine.lanes import Lane
 from harli_appliance.errors import UsageError
 from harli_appliance.finetuner import Finetuner
+from harli_appliance.training.backbone import Kernels
 from tests.queue_rig import (  # noqa: F401  fixtures
     GOOD,
     database,
@@ -110,3 +112,20 @@ async def test_what_was_learned_is_kept_although_it_cannot_be_served(
     ]
     assert shelf.versions == ()
     assert discarded == [True]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "wanted", "fused"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+async def test_fused_kernels_are_for_gpus_and_can_be_switched_off(
+    settings, lane, monkeypatch, reference, gpu, wanted, fused
+):
+    kernels = Kernels(fused=("norms",))
+    monkeypatch.setattr("harli_appliance.runtime.weights.shared_model", lambda model, folder: reference)
+    monkeypatch.setattr("harli_appliance.finetuner.fuse", lambda model: kernels)
+    training = settings.training.model_copy(update={"fused_kernels": wanted})
+    finetuner = finetuner_of(settings.model_copy(update={"training": training}), lane)
+    monkeypatch.setattr(finetuner, "_rehearse", AsyncMock())
+    cuda = SimpleNamespace() if gpu else None
+    await finetuner.prepare(SimpleNamespace(model=None), Path(), cuda, lane)  # type: ignore[arg-type]
+    assert (finetuner._backbone.kernels is kernels) == fused

@@ -58,3 +58,23 @@ def test_a_lane_runs_one_piece_ahead_and_drains(rig: CudaRig) -> None:
     lane.drain()
     assert rig.whole.where.query()
     assert data.min() == 50
+
+
+def test_every_fused_kernel_works_and_gives_the_same_gradients(rig: CudaRig) -> None:
+    from harli_appliance.bench.device_finetune import Finetuning
+    from harli_appliance.bench.device_model import DeviceModel
+    from harli_appliance.bench.device_shapes import SHAPES
+
+    model = DeviceModel(rig, SHAPES["tiny"])
+
+    def gradients() -> list[torch.Tensor]:
+        work = Finetuning(rig, model, SHAPES["tiny"], rig.whole)
+        work.train()
+        work.close()
+        torch.cuda.synchronize()
+        return [gradient for layer in work.gradients for gradient in layer]
+
+    plain = gradients()
+    assert model.fuse() == ("norms", "cross_entropy", "attention")
+    for found, wanted in zip(gradients(), plain, strict=True):
+        assert (found - wanted).norm() <= 0.05 * wanted.norm()

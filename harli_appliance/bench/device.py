@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -86,15 +87,22 @@ def _sections(rig: Rig, gpu: Gpu | None, shapes: str) -> dict[str, Section]:
         found = loaded()
         return {place.name: found.decode(place, sharing.bandwidth(place)) for place in _serving_places(rig)}
 
-    def finetune() -> dict[str, Any]:
+    def finetuned(places: Sequence[Place]) -> dict[str, Any]:
         found = {}
-        for place in _training_places(rig):
+        for place in places:
             work = Finetuning(rig, loaded(), SHAPES[shapes], place)
             try:
                 found[place.name] = work.measure(sharing.matmul_rate(place))
             finally:
                 work.close()
         return found
+
+    def finetune() -> dict[str, Any]:
+        places = _training_places(rig)
+        if gpu is None:
+            return finetuned(places)
+        fused = ", ".join(loaded().fuse()) or "none"
+        return {place: {**row, "fused": fused} for place, row in finetuned(places).items()}
 
     sections: dict[str, Section] = {"device": lambda: _device(rig, gpu)}
     if isinstance(rig, CudaRig):
@@ -108,7 +116,10 @@ def _sections(rig: Rig, gpu: Gpu | None, shapes: str) -> dict[str, Section]:
             "switching": facts.switching,
             "triton": facts.triton,
         }
-    return sections | {"solo": sharing.solo, "corun": sharing.corun, "decode": decode, "finetune": finetune}
+    sections |= {"solo": sharing.solo, "corun": sharing.corun, "decode": decode}
+    if gpu is not None:  # before `finetune`, which puts fused kernels into the model
+        sections["finetune_unfused"] = lambda: finetuned([rig.whole])
+    return sections | {"finetune": finetune}
 
 
 def _device(rig: Rig, gpu: Gpu | None) -> dict[str, Any]:

@@ -53,11 +53,15 @@ class Finetuning:
             return [torch.zeros(size, device=rig.device, dtype=rig.dtype) for _ in layers]
 
         self._buffers = (rows(), rows())
-        self._gradients = [[torch.zeros_like(p) for p in self._adapter.parameters(layer)] for layer in layers]
+        self.gradients = [[torch.zeros_like(p) for p in self._adapter.parameters(layer)] for layer in layers]
 
     def close(self) -> None:
         """Take the adapter off the model."""
         self._adapter.detach()
+
+    def train(self) -> None:
+        """Run one micro-batch, whose gradients are added to `gradients`, a list for each layer."""
+        self._micro_batch(defaultdict(list))
 
     def measure(self, matmul_rate: float) -> dict[str, Any]:
         """Everything that this module tells.
@@ -65,7 +69,7 @@ class Finetuning:
         Args:
             matmul_rate: FLOP/s of a large product at this place; a token is counted as 6 FLOPs a parameter.
         """
-        self._micro_batch(defaultdict(list))  # warm-up: what is allocated once is allocated here
+        self.train()  # warm-up: what is allocated once is allocated here
         took: dict[str, list[float]] = defaultdict(list)
         mark = self._memory_mark()
         began = time.perf_counter()
@@ -114,7 +118,7 @@ class Finetuning:
             objective=Likelihood(float(self._shapes.sequence - 1)),
             loss_tokens=loss_tokens(self._shapes.window),
             dropout_key=0,
-            gradients=self._gradients.__getitem__,
+            gradients=self.gradients.__getitem__,
         )
         while (unit := batch.next_unit(self._shapes.window, layers=1)) is not None and not dropped():
             took[unit.kind].append(self._rig.once(self._place, unit.run))

@@ -15,6 +15,7 @@ from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_
 from harli_appliance.bench.device_rig import Place, Rig
 from harli_appliance.bench.device_shapes import Shapes
 from harli_appliance.training.backbone import Backbone
+from harli_appliance.training.fused_kernels import fuse
 
 EPS = 1e-5
 
@@ -47,6 +48,11 @@ class DeviceModel:
         self.parameters = sum(weight.numel() for weight in self._model.parameters()) - embedded
         """Those that are multiplied with: all but the embedding."""
         self.backbone = Backbone(self._model)
+
+    def fuse(self) -> tuple[str, ...]:
+        """Finetune with fused kernels from now on; those that work here."""
+        self.backbone = Backbone(self._model, fuse(self._model))
+        return self.backbone.kernels.fused
 
     # -- decoding ----------------------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ REINSTALL = "remove .venv and run 'make setup' again"
 KERNELS = (
     Check("sglang-kernel", "fail", "not installed", "SGLang's CUDA kernels: " + REINSTALL),
     Check("flashinfer-python", "warn", "not installed", "SGLang's fast attention: " + REINSTALL),
+    Check("liger-kernel", "warn", "not installed", "fused norms and loss of finetuning: " + REINSTALL),
 )
 """Packages that only a GPU needs: what is said when they are missing."""
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from harli_appliance.training.cross_entropy import CrossEntropy, cross_entropy_
 
 Rotary = tuple[Tensor, Tensor]
 """cos and sin of shape [1, n, head size]."""
@@ -20,8 +23,26 @@ FULL = "full_attention"
 SLIDING = "sliding_attention"
 
 
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What units compute with beside transformers' modules.
+
+    Attributes:
+        cross_entropy: of the loss pieces.
+        packed_attention: whether attention is `packed_attention`'s, without masks.
+        fused: what `fused_kernels` put in the place of transformers' and torch's own, by name.
+    """
+
+    cross_entropy: CrossEntropy = cross_entropy_
+    packed_attention: bool = False
+    fused: tuple[str, ...] = ()
+
+
 class Backbone:
     """Decoder layers, embedding, norm and head of a transformers causal LM; what differs by architecture is here.
+
+    Args:
+        kernels: that its units compute with, see `fused_kernels`.
 
     Attributes:
         hidden_size: width of the residual stream.
@@ -31,8 +52,9 @@ class Backbone:
         windows: for each layer, how many tokens a token attends to, itself included; None for all.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, kernels: Kernels | None = None) -> None:
         self.model = model
+        self.kernels = kernels or Kernels()
         self._decoder = model.model
         config = model.config
         self.hidden_size = int(config.hidden_size)
@@ -49,7 +71,8 @@ class Backbone:
         self._rotary_by_type = not {FULL, SLIDING}.isdisjoint(config.rope_parameters or ())
         self._adds_mask = config._attn_implementation == "eager"
         on_cpu = self.device.type == "cpu" and self._decoder.norm.weight.dtype == torch.float32
-        self.keeps_attention = on_cpu and config._attn_implementation == "sdpa"
+        masked_sdpa = config._attn_implementation == "sdpa" and not self.kernels.packed_attention
+        self.keeps_attention = on_cpu and masked_sdpa
         self._logit_cap = getattr(config, "final_logit_softcapping", None)
 
     def twin(self) -> Backbone:
@@ -58,7 +81,7 @@ class Backbone:
         Copies modules and no tensor: some megabytes for a model of any size.
         """
         tensors = itertools.chain(self.model.parameters(), self.model.buffers())
-        return Backbone(copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors}))
+        return Backbone(copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors}), self.kernels)
 
     @property
     def device(self) -> torch.device:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+CrossEntropy = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Takes and gives what `cross_entropy_` does."""
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.pace import BACKWARD, FORWARD
+from harli_appliance.training.visibility import Visibility
 
 
 class Exercise:
@@ -25,6 +26,7 @@ class Exercise:
     def __init__(self, backbone: Backbone, tokens: int) -> None:
         self._backbone = backbone
         self._positions = torch.arange(tokens, device=backbone.device)
+        self._visibility = Visibility(backbone, torch.zeros_like(self._positions))
         self._layer = 0
 
     @property
@@ -41,12 +43,11 @@ class Exercise:
         weight = next(layer.parameters())
         hidden = torch.randn(1, tokens, self._backbone.hidden_size, dtype=weight.dtype, device=weight.device)
         hidden.requires_grad_()
-        seen = torch.ones(tokens, tokens, dtype=torch.bool, device=weight.device).tril()
         with torch.enable_grad():
             out = layer(
                 hidden,
-                attention_mask=self._backbone.attention_mask(seen),
                 position_ids=self._positions[None],
                 position_embeddings=self._backbone.rotary(self._positions)[number],
+                **self._visibility.window(number, 0, tokens),
             )
             torch.autograd.grad((out[0] if isinstance(out, tuple) else out).sum(), hidden)

@@ -1,10 +1,10 @@
-"""Attention whose output outlives its forward pass: transformers' own "sdpa", with one argument more.
+"""Attention whose output outlives its forward pass: transformers' own "sdpa", with two arguments more.
 
 What attention gives and the logarithms of its softmax's sums are all that its backward pass needs besides its
 inputs (FlashAttention, arXiv 2205.14135, section 3.1), so where both were kept it is not computed again. The
 kernel shares a K/V head among its group of query heads, where transformers would copy it for each as soon as there
-is a mask. On a CPU only, with the kernel that torch takes there; elsewhere units compute it again. Knows
-transformers and torch, not units.
+is a mask. On a CPU only, with the kernel that torch takes there; elsewhere units compute it again. The other
+argument is what `packed_attention` needs in place of a mask. Knows transformers and torch, not units.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from harli_appliance.training.packed_attention import Packed
+from harli_appliance.training.packed_attention import attend as attend_packed
 
 BLOCK = 256
 """Half as many would make the kernel's own blocks smaller, and it slower."""
@@ -112,15 +115,18 @@ def _joined(blocks: Sequence[Tensor]) -> Tensor:
     return torch.cat([block.transpose(1, 2) for block in blocks], 1).transpose(1, 2)
 
 
-def _attend(
+def attend(
     module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     attended: Attended | None = None,
+    packed: Packed | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
+    if packed is not None:
+        return attend_packed(query, key, value, packed, others["scaling"]), None
     if attended is None or attention_mask is None:
         usual: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **others
@@ -133,4 +139,4 @@ def _attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("sdpa", _attend)
+AttentionInterface.register("sdpa", attend)

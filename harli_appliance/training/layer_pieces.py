@@ -28,6 +28,7 @@ from harli_appliance.training.kept_outputs import KeptOutputs
 from harli_appliance.training.layer_cache import KvComputed, KvOnly, LayerCache
 from harli_appliance.training.packing import PackedSequence
 from harli_appliance.training.projections import Forwards, Projection, replaced
+from harli_appliance.training.visibility import Visibility
 
 Gradients = Callable[[int], Sequence[Tensor]]
 """A layer's gradients, one tensor for each of its trained parameters. They may lie elsewhere at the next unit."""
@@ -59,7 +60,7 @@ class LayerPieces:
         self._backbone = backbone
         self._adapter = adapter
         self._sequence = sequence
-        self._starts: list[int] = sequence.starts.tolist()
+        self._visibility = Visibility(backbone, sequence.starts)
         self._rows = rows
         self._kept = kept
         self._dropout_key = dropout_key
@@ -83,7 +84,7 @@ class LayerPieces:
         spared = _left_out(self._adapter.projections[layer].queries)
         computed = {**self._computed(layer), **spared}
         with torch.no_grad(), replaced(computed), contextlib.suppress(KvComputed):
-            self._call(layer, self._input(layer, a, b), cache, None, a, b)
+            self._call(layer, self._input(layer, a, b), cache, {"attention_mask": None}, a, b)
         self._rows.write_kv(layer, a, cache.keys, cache.values)
 
     def backward(self, layer: int, a: int, b: int) -> None:
@@ -108,7 +109,8 @@ class LayerPieces:
         if layer > 0:
             self._rows.write_output_gradient(a, gradients[0])
         if past is not None:
-            self._rows.add_kv_gradients(self._first(layer, a), gradients[1], gradients[2])
+            first = self._visibility.first(layer, a)
+            self._rows.add_kv_gradients(first, gradients[1], gradients[2])
         self._accumulate(layer, gradients[len(leaves) :])
 
     def _accumulate(self, layer: int, gradients: Sequence[Tensor]) -> None:
@@ -134,7 +136,8 @@ class LayerPieces:
         attended: Attended | None = None,
     ) -> tuple[Tensor, LayerCache]:
         cache = LayerCache(past, known)
-        out = self._call(layer, hidden, cache, self._mask(layer, a, b), a, b, attended)
+        seen = self._visibility.window(layer, a, b)
+        out = self._call(layer, hidden, cache, seen, a, b, attended)
         return (out[0] if isinstance(out, tuple) else out)[0], cache
 
     def _call(
@@ -142,7 +145,7 @@ class LayerPieces:
         layer: int,
         hidden: Tensor,
         cache: LayerCache | KvOnly,
-        mask: Tensor | None,
+        seen: dict[str, Any],
         a: int,
         b: int,
         attended: Attended | None = None,
@@ -153,33 +156,16 @@ class LayerPieces:
         with self._adapter.applied(layer, self.tuned, self._dropout_key, a, b):
             return self._backbone.layers[layer](
                 hidden[None],
-                attention_mask=mask,
                 position_ids=self._sequence.positions[None, a:b],
                 past_key_values=cache,
                 use_cache=True,
                 position_embeddings=(cos, sin),
+                **seen,
                 **more,
             )
 
-    def _first(self, layer: int, a: int) -> int:
-        """The first token that window [a, ...) attends to: where token a's example or attention window begins."""
-        window = self._backbone.windows[layer]
-        return self._starts[a] if window is None else max(self._starts[a], a - window + 1)
-
-    def _mask(self, layer: int, a: int, b: int) -> Tensor:
-        """Of shape [1, 1, b - a, b - first]: a token sees itself and earlier tokens of its own example, as far
-        back as the layer's attention window reaches."""
-        device = self._sequence.starts.device
-        keys = torch.arange(self._first(layer, a), b, device=device)[None]
-        queries = torch.arange(a, b, device=device)[:, None]
-        seen = (keys <= queries) & (keys >= self._sequence.starts[a:b, None])
-        window = self._backbone.windows[layer]
-        if window is not None:
-            seen &= keys > queries - window
-        return self._backbone.attention_mask(seen)
-
     def _past(self, layer: int, a: int) -> tuple[Tensor, Tensor] | None:
-        first = self._first(layer, a)
+        first = self._visibility.first(layer, a)
         return None if first == a else self._rows.kv(layer, first, a)
 
     def _input(self, layer: int, a: int, b: int) -> Tensor:

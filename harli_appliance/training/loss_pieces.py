@@ -14,7 +14,6 @@ from torch import Tensor
 
 from harli_appliance.training.activations import Activations
 from harli_appliance.training.backbone import Backbone
-from harli_appliance.training.cross_entropy import cross_entropy_
 from harli_appliance.training.objectives import Objective
 from harli_appliance.training.packing import PackedSequence
 
@@ -60,7 +59,8 @@ class LossPieces:
                 logits = self._backbone.logits(hidden)
             by_logits = logits.detach().float()
             scale = weights * self._objective.token_scale if learns else None
-            losses = weights * cross_entropy_(by_logits, self._sequence.targets[a:b][learned], scale)
+            targets = self._sequence.targets[a:b][learned]
+            losses = weights * self._backbone.kernels.cross_entropy(by_logits, targets, scale)
             if gradient is not None:
                 (gradient[learned],) = torch.autograd.grad(logits, hidden, by_logits.to(logits.dtype))
             members = _members(self._sequence.starts)[a:b][learned].cpu()
