@@ -7,7 +7,7 @@ from collections import deque
 
 RECENT = 256
 """Answers that are remembered."""
-SHARE = 0.1
+SHARE = 0.05
 """Of the answers that get as far as one has, those that may end sooner than is counted on."""
 
 

@@ -31,7 +31,7 @@ from harli_appliance.scheduling.policies.policy import Policy, Situation, beside
 from harli_appliance.scheduling.policies.prompts import Prompts
 from harli_appliance.scheduling.types import Admission, Bound, Costs, Decision, Outlook, Queue, Split, Step
 
-COUNTED = 0.5
+COUNTED = 0.4
 """Share of what an answer gains until it ends that is counted on for prompts while no request misses; none of it
 when many do."""
 RESERVE_STEPS = 2.0
