@@ -206,6 +206,19 @@ class Appliance:
         Args:
             on_calibration: called with the share of the calibration that is done, where there is one.
         """
+        await self._load()
+        if self._finetunes:
+            await self._finetuner.prepare(self._runtime, self._folder, self._cuda, self._inference)
+        self._assemble()
+        await self._restore(on_calibration)
+        self._keep_running("engine", self._engine.run())
+        self._keep_running("predictor", self._save_predictor_forever())
+        if self._finetunes and self._settings.training.enabled:
+            self._keep_running("trainer", self._trainer.run())
+        self._state = "ready"
+
+    async def _load(self) -> None:
+        """SGLang with the model, the slots of its cache, and what lies on them."""
         # Imported here: SGLang takes seconds to import, which would hold up the probes on this loop, and one
         # that is not the version we know must be told of before anything of it is used.
         from harli_appliance.runtime import internals
@@ -261,8 +274,10 @@ class Appliance:
             self._scheduler,
             self._training,
         )
-        if self._finetunes:
-            await self._finetuner.prepare(self._runtime, self._folder, self._cuda, self._inference)
+
+    def _assemble(self) -> None:
+        """Trainer, engine and answers, on what is loaded."""
+        settings = self._settings
         self._trainer = Trainer(
             self._queue,
             self._pool,
@@ -291,12 +306,6 @@ class Appliance:
         self._completions = Completions(
             self._name, self._codec, self._engine, self._shelf, self._usage, self._runtime.context_length
         )
-        await self._restore(on_calibration)
-        self._keep_running("engine", self._engine.run())
-        self._keep_running("predictor", self._save_predictor_forever())
-        if self._finetunes and settings.training.enabled:
-            self._keep_running("trainer", self._trainer.run())
-        self._state = "ready"
 
     def _keep_running(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` until the appliance closes; that it ends before is a fault, which its state shows."""
