@@ -31,13 +31,15 @@ class Packed:
             [examples + 1].
         most_queries, most_keys: of one example.
         earlier: tokens before itself that a token attends to; None for all of its example.
+        function: what computes it, torch's `varlen_attn`.
     """
 
     queries: Tensor
     keys: Tensor
     most_queries: int
     most_keys: int
-    earlier: int | None = None
+    earlier: int | None
+    function: Callable[..., Tensor]
 
 
 class Bounds:
@@ -50,6 +52,9 @@ class Bounds:
     def __init__(self, starts: Sequence[int], device: torch.device) -> None:
         self._bounds = [*sorted(set(starts)), len(starts)]
         self._on_device = torch.tensor(self._bounds, dtype=torch.int32, device=device)
+        function = variable_length_attention()
+        assert function is not None  # noqa: S101 - or nobody would have asked for it
+        self._function = function  # looked up here, once for all layers and windows
 
     def window(self, first: int, a: int, b: int, earlier: int | None) -> Packed:
         """Of queries [a, b) and keys [first, b); `first` lies in the example of token a. Nothing waits for the
@@ -62,6 +67,7 @@ class Bounds:
             _longest(bounds, a, b),
             _longest(bounds, first, b),
             earlier,
+            self._function,
         )
 
 
@@ -78,9 +84,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: flo
         query: [1, heads, n, head size].
         key, value: [1, kv heads, keys, head size].
     """
-    function = variable_length_attention()
-    assert function is not None  # noqa: S101 - or nobody would have asked for it
-    out: Tensor = function(
+    out = packed.function(
         *(rows[0].transpose(0, 1) for rows in (query, key, value)),
         packed.queries,
         packed.keys,
