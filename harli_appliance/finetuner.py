@@ -20,8 +20,8 @@ from harli_appliance.config import Settings, Sizes
 from harli_appliance.device.cuda import CudaLanes
 from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.engine.lanes import Lane
-from harli_appliance.errors import HarliError
-from harli_appliance.memory.pool import SlotPool
+from harli_appliance.errors import ConfigError, HarliError, JobFailed
+from harli_appliance.memory.pool import Lease, SlotPool
 from harli_appliance.runtime.text import TextCodec
 from harli_appliance.scheduling.scheduler import Scheduler
 from harli_appliance.training.backbone import Backbone
@@ -32,7 +32,7 @@ from harli_appliance.training.hyperparameters import adapter_name
 from harli_appliance.training.job_run import JobRun, RunOptions
 from harli_appliance.training.packing import Encoded, encode
 from harli_appliance.training.queue import JobQueue
-from harli_appliance.training.rehearsal import rehearsal_slots, rehearse
+from harli_appliance.training.rehearsal import Rehearsal
 from harli_appliance.training.submission import refuse_unfit
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ class Finetuner:
         if cuda is not None:
             # torch prefers cuDNN's attention on Hopper, which is compiled anew for every length there is.
             torch.backends.cuda.enable_cudnn_sdp(False)
-            await self._rehearse(cuda, inference)
+            if self._settings.training.enabled:
+                await self._rehearse(cuda, inference)
 
     def refuse_unfit(self, job: Job, files: Sequence[Path]) -> None:
         """Raise if a job with these files could never run here."""
@@ -97,7 +98,6 @@ class Finetuner:
 
     async def start_job(self, job: Job, data: Path, held_out: Path | None) -> JobRun:
         """A job's run; its files are read and encoded first."""
-        training = self._settings.training
         examples = await self._encoded(data)
         kept_back = await self._encoded(held_out) if held_out is not None else []
         return await self._lane.run(
@@ -106,16 +106,21 @@ class Finetuner:
             examples,
             self._backbone.twin(),
             self._buffers,
-            RunOptions(
-                window_tokens=self._sizes.window_tokens,
-                sequence_tokens=self._sizes.sequence_tokens,
-                checkpoint_every_steps=training.checkpoint_every_steps,
-                keep_checkpoints=training.keep_checkpoints,
-                checkpoints=self._settings.checkpoints,
-                fuses=lambda: self._scheduler.fuses,
-            ),
+            self._options,
             self._pool.leasable,
             kept_back,
+        )
+
+    @property
+    def _options(self) -> RunOptions:
+        training = self._settings.training
+        return RunOptions(
+            window_tokens=self._sizes.window_tokens,
+            sequence_tokens=self._sizes.sequence_tokens,
+            checkpoint_every_steps=training.checkpoint_every_steps,
+            keep_checkpoints=training.keep_checkpoints,
+            checkpoints=self._settings.checkpoints,
+            fuses=lambda: self._scheduler.fuses,
         )
 
     async def _encoded(self, data: Path) -> list[Encoded]:
@@ -150,26 +155,53 @@ class Finetuner:
         return Exercise(self._backbone, self._sizes.window_tokens)
 
     async def _rehearse(self, cuda: CudaLanes, inference: Lane) -> None:
-        """Run a micro-batch on every stream that units may run on."""
-        sizes, before = self._sizes, torch.cuda.memory_reserved()
-        slots = rehearsal_slots(self._backbone, sizes.sequence_tokens)
-        lease = await inference.run(self._pool.grant, slots, lambda: None)
-        if lease is None:  # jobs will be refused for the same reason, naming the setting
-            log.warning("no memory is set aside for training", why="the pool is too small for a micro-batch")
+        """Make an optimizer step on every stream that training may run on.
+
+        Raises:
+            ConfigError: the device's memory is too small for it beside the cache.
+        """
+        before = torch.cuda.memory_reserved()
+        try:
+            rehearsal = await self._lane.run(
+                partial(
+                    Rehearsal,
+                    self._backbone.twin(),
+                    self._buffers,
+                    rank=self._settings.training.max_lora_rank,
+                    options=self._options,
+                    leasable=self._pool.leasable,
+                    times=len(cuda.splits) + 2,
+                )
+            )
+        except JobFailed as error:  # jobs of this size will be refused for the same reason
+            log.warning("no memory is set aside for training", why=error.message)
             return
-        work = partial(
-            rehearse,
-            self._backbone,
-            self._buffers,
-            lease.indices,
-            rank=self._settings.training.max_lora_rank,
-            sequence_tokens=sizes.sequence_tokens,
-            window_tokens=sizes.window_tokens,
-        )
-        for _ in cuda.training_places():
-            await self._lane.run(work)
-            await self._lane.drain()
-        await inference.run(work)  # where units run when the lanes take turns
-        lease.release()
+        held = list[Lease]()
+        try:
+            for grant, slots in (
+                (self._pool.grant_contiguous, rehearsal.state_slots),
+                (self._pool.grant, rehearsal.slots),
+            ):
+                lease = await inference.run(grant, slots, lambda: None)
+                assert lease is not None  # noqa: S101 - nothing is served yet, and it fits
+                held.append(lease)
+            state, rows = held
+            await self._lane.run(rehearsal.place, state.indices)
+            for _ in cuda.training_places():
+                await self._lane.run(rehearsal.make, rows.indices)
+                await self._lane.drain()
+            await inference.run(rehearsal.make, rows.indices)  # where units run when the lanes take turns
+        except JobFailed as error:
+            log.warning("not all memory is set aside for training", why=error.message)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"the GPU's memory is too small for training beside {self._pool.size} cache slots: set "
+                "memory.pool_slots lower, or training.enabled = false",
+                param="memory.pool_slots",
+            ) from error
+        finally:
+            await self._lane.run(rehearsal.close)
+            for lease in held:
+                lease.release()
         mib = (torch.cuda.memory_reserved() - before) >> 20
         log.info("memory is set aside for training", mib=mib)

@@ -46,6 +46,23 @@ def test_units_ask_the_driver_for_no_memory_once_they_have_run(rig: CudaRig) -> 
         work.close()
 
 
+def test_the_state_of_a_new_adapter_takes_no_memory_of_the_device(rig: CudaRig) -> None:
+    from harli_appliance.bench.device_model import DeviceModel
+    from harli_appliance.bench.device_shapes import SHAPES
+    from harli_appliance.training.adapter import Adapter
+    from harli_appliance.training.adapter_state import AdapterState
+
+    backbone = DeviceModel(rig, SHAPES["tiny"]).backbone
+    before = torch.cuda.memory_allocated()
+    adapter = Adapter(backbone, rank=16, alpha=16, seed=0)
+    layers = [adapter.parameters(layer) for layer in range(len(backbone.layers))]
+    rows = torch.zeros(16, backbone.kv_width)
+    state = AdapterState(layers, torch.optim.AdamW(adapter.parameters()), [rows])
+    assert {tensor.device.type for tensor in state.tensors().values()} == {"cpu"}
+    assert torch.cuda.memory_allocated() == before
+    adapter.detach()
+
+
 def test_a_lane_runs_one_piece_ahead_and_drains(rig: CudaRig) -> None:
     from harli_appliance.device.cuda import LaneStream
 

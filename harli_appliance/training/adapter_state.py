@@ -46,7 +46,7 @@ class AdapterState:
         self._placed = False
         # AdamW's counters stay on the host: 4 bytes a parameter tensor, whatever its size.
         self._steps = torch.zeros(len(self._parameters))
-        values = [parameter.data for parameter in self._parameters]
+        values = [parameter.data.cpu() for parameter in self._parameters]  # PEFT puts them beside the weights
         zeros = [torch.zeros_like(value) for _ in range(PER_PARAMETER - 1) for value in values]
         self._use([*values, *zeros])
 

@@ -118,8 +118,10 @@ class JobRun:
         self.trained_tokens = 0
         self.loss: float | None = None
         self.adapter = adapter_for(job, backbone)
-        self._optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=job.learning_rate, weight_decay=0.0)
         layers = [self.adapter.parameters(layer) for layer in range(len(backbone.layers))]
+        # A group for each layer: on a GPU the step needs room for a copy of a group's parameters.
+        groups = [{"params": layer} for layer in layers]
+        self._optimizer = torch.optim.AdamW(groups, lr=job.learning_rate, weight_decay=0.0)
         self.state = AdapterState(layers, self._optimizer, [*buffers[0], *buffers[1]])
         try:
             self._refuse_oversize(leasable, kept_back)
