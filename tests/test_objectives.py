@@ -43,9 +43,9 @@ def a_micro_batch(
     backbone = trained[0]
     slots = torch.randperm(2000)[: footprint(backbone, len(sequence)).slots]
     options = {"loss_tokens": 7, "dropout_key": None, "gradients": None, **options}
-    return MicroBatch(
-        *trained, sequence, buffers=buffers(backbone), slots=slots, objective=objective, **options
-    )
+    dtype = backbone.model.dtype
+    k, v = ([buffer.to(dtype) for buffer in part] for part in buffers(backbone))
+    return MicroBatch(*trained, sequence, buffers=(k, v), slots=slots, objective=objective, **options)
 
 
 def run(batch: MicroBatch, seed: int = 0, windows: tuple[int, ...] = (5, 16, 33)) -> list[str]:
@@ -96,6 +96,23 @@ def test_preferences_are_learned_as_by_a_plain_implementation(
     wanted = torch.autograd.grad(wanted_loss, trained[1].parameters())
     assert loss == pytest.approx(wanted_loss.item(), rel=1e-5)
     assert worst_error([g for layer in gradients for g in layer], list(wanted)) <= 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"method": "dora"}, {"method": "ia3"}], ids=str)
+@pytest.mark.parametrize("objective", [Likelihood(10.0), Preference(beta=BETA, pairs=3)])
+def test_in_bfloat16_as_on_a_gpu_gradients_are_the_same_but_for_rounding(
+    reference: Any, objective: Objective, options: dict[str, Any]
+) -> None:
+    (sequence,) = pack(pairs(5), 500)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        trained = a_trained_adapter(copy.deepcopy(reference).to(dtype), **options)
+        gradients = zeros(*trained)
+        key = 7 if "dropout" in options else None
+        run(a_micro_batch(trained, sequence, objective, gradients=gradients.__getitem__, dropout_key=key))
+        found.append(torch.cat([g.float().flatten() for layer in gradients for g in layer]))
+    wanted, rounded = found
+    assert (rounded - wanted).norm() <= 0.2 * wanted.norm()
 
 
 def test_a_known_reference_is_not_computed_again_and_changes_nothing(reference: Any) -> None:

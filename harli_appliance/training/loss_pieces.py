@@ -81,8 +81,8 @@ class LossPieces:
             factors = verdict.factors.to(self._sequence.weights)[_members(self._sequence.starts)]
             for a in range(0, len(self._sequence), self._most):
                 b = min(a + self._most, len(self._sequence))
-                gradient = self._rows.output_gradient(a, b) * factors[a:b, None]
-                self._rows.write_output_gradient(a, gradient)
+                gradient = self._rows.output_gradient(a, b)
+                self._rows.write_output_gradient(a, (gradient * factors[a:b, None]).to(gradient.dtype))
         return verdict.loss
 
 
