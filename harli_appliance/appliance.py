@@ -132,8 +132,9 @@ class Appliance:
         policy = settings.scheduling.policy
         if self._cuda is not None:
             self._inference = Lane("inference", around=self._cuda.inference.around)
+            training = self._cuda.training
             self._training = Lane(
-                "training", around=self._cuda.training.around, finish=self._cuda.training.drain
+                "training", around=training.around, finish=training.drain, works_on=training.works
             )
         else:
             self._inference = Lane("inference", partition.inference)

@@ -47,13 +47,14 @@ class FakeBindings:
 
     Attributes:
         fails: function name to the calls after which it fails, e.g. {"cuGreenCtxCreate": 3}.
-        tells: whether resources say how they can be split (CUDA 13); older drivers leave the fields 0.
+        tells: 1 where resources say how they can be split (CUDA 13); older drivers leave in these fields what was
+            there.
     """
 
     CUdevResourceType = SimpleNamespace(CU_DEV_RESOURCE_TYPE_SM=1)
     CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75)
 
-    def __init__(self, sms: int = 132, *, major: int = 9, tells: bool = True) -> None:
+    def __init__(self, sms: int = 132, *, major: int = 9, tells: int = 1) -> None:
         self.least, self.multiple = {9: (8, 8), 8: (4, 2)}[major]
         self.major = major
         self.tells = tells
@@ -163,6 +164,9 @@ class FakeEvent:
 
     def synchronize(self) -> None:
         assert self.done.wait(10)
+
+    def query(self) -> bool:
+        return self.done.is_set()
 
 
 class FakeCuda:

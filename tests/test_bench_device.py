@@ -149,7 +149,11 @@ def test_a_random_model_is_a_whole_folder(tmp_path: Path) -> None:
     assert size.parameters == sum(weight.numel() for weight in model.parameters())
     assert len(one_token_words(tmp_path)) == WORDS, "enough to make prompts of"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert len(tokenizer) <= SHAPES["tiny"].vocabulary
+    assert len(tokenizer) == SHAPES["tiny"].vocabulary
+    first = range(tokenizer.convert_tokens_to_ids("<s>"))
+    assert first, "some are neither bytes nor words"
+    assert all(tokenizer.decode([token]).strip() for token in first), "an answer has text at every token"
+    assert model.config.eos_token_id == tokenizer.eos_token_id
     asked = [{"role": "user", "content": "ab cd"}]
     answered = [*asked, {"role": "assistant", "content": "ef gh"}]
     before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)

@@ -114,6 +114,12 @@ def test_a_stretch_has_the_asked_rate_and_lower_rates_are_parts_of_higher_ones()
     assert len(stretch(even_trace(), plan, 8.0, 0)) == 320  # more than the trace has: copies
 
 
+def test_the_longest_answer_that_keeps_its_promise_is_in_time() -> None:
+    plan = ComparePlan(policies=("adaptive",), slos=(), model="m", max_output_tokens=500, ttft_ms=2000.0)
+    assert plan.grace_of(1.0) == plan.grace_s
+    assert plan.grace_of(40.0) == pytest.approx(2 + 500 * 0.04)
+
+
 def test_a_trace_shorter_than_a_run_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
     file.write_text(

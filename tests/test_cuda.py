@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
 from harli_appliance.device.cuda import CudaLanes, CudaPartitions, LaneStream
 from harli_appliance.device.driver import CudaDriver, Sms
 from harli_appliance.device.sizes import MOST_SPLITS, split_sizes
+from harli_appliance.engine.lanes import Lane
 from harli_appliance.errors import PartitionsUnavailable
 from harli_appliance.scheduling.names import without_partitions
 from harli_appliance.scheduling.types import Decision
@@ -67,10 +69,11 @@ def test_two_splits_of_the_device_would_overlap() -> None:
     assert first.handle.sms & second.handle.sms
 
 
-def test_drivers_that_do_not_say_how_they_split_are_known_by_capability() -> None:
-    hopper = CudaDriver(api=FakeBindings(tells=False)).device()
+@pytest.mark.parametrize("rubbish", [0, 1000])
+def test_drivers_that_do_not_say_how_they_split_are_known_by_capability(rubbish: int) -> None:
+    hopper = CudaDriver(api=FakeBindings(tells=rubbish)).device()
     assert (hopper.least, hopper.multiple) == (8, 8)
-    ampere = CudaDriver(api=FakeBindings(108, major=8, tells=False)).device()
+    ampere = CudaDriver(api=FakeBindings(108, major=8, tells=rubbish)).device()
     assert (ampere.least, ampere.multiple) == (4, 2)
 
 
@@ -184,6 +187,24 @@ def test_drain_waits_for_what_is_ahead() -> None:
     cuda.events[0].done.set()
     assert drained.wait(10)
     thread.join()
+
+
+def test_a_lane_is_busy_for_as_long_as_the_device_works_on_what_it_launched() -> None:
+    cuda = FakeCuda(at_once=False)
+    stream = LaneStream(FakeStream(), ahead=1, cuda=cuda)
+    lane = Lane("training", around=stream.around, finish=stream.drain, works_on=stream.works)
+    lane.submit(int).result()
+    launched = lane.busy_s()
+    time.sleep(0.05)  # the thread has nothing to do
+    busy = lane.busy_s()
+    assert busy >= launched + 0.05
+    cuda.events[0].done.set()
+    time.sleep(0.05)
+    assert lane.busy_s() == busy
+    lane.submit(int).result()
+    cuda.events[1].done.set()
+    assert lane.busy_s() < busy + 0.05, "it was idle in between"
+    lane.close()
 
 
 def test_pieces_keep_their_order_across_streams() -> None:

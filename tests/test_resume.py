@@ -77,6 +77,7 @@ class Bench:
         for index in range(begin, run.micro_batches()):
             self.micro_batch(run, index, kinds)
         run.end_round()
+        run.write()
         assert run.loss is not None
         return run.loss
 
@@ -111,6 +112,7 @@ def test_twenty_steps_stopped_after_any_of_them_are_the_same_twenty_steps(bench:
     for _ in range(20):
         losses.append(bench.step(straight))
         straight.checkpoint()
+        straight.write()
     wanted, tokens = weights(straight), straight.trained_tokens
     straight.close()
     for stop in range(1, 20):
@@ -134,6 +136,7 @@ def test_every_method_resumes_bit_for_bit(bench: Bench, preferences: Path, optio
     for _ in range(STEPS):
         losses.append(bench.step(straight))
         straight.checkpoint()
+        straight.write()
     assert losses[-1] < losses[0]
     wanted = weights(straight)
     straight.close()
@@ -169,6 +172,7 @@ def test_pausing_in_the_middle_of_a_step_keeps_the_steps_before_it(bench: Bench)
     assert first.has_unkept_steps
     bench.micro_batch(first, 0)  # its gradients are lost with the pause, and must not be counted either
     first.checkpoint()
+    first.write()
     assert not first.has_unkept_steps
     first.close()
     second = bench.run("paused")
@@ -319,12 +323,14 @@ def test_a_loss_that_diverges_fails_the_job_and_leaves_its_last_good_checkpoint(
     run = bench.run("diverged")
     bench.step(run)
     run.checkpoint()
+    run.write()
     good = weights(run)
     bench.step(run)
     with torch.no_grad():
         for parameter in run.adapter.parameters():
             parameter.fill_(value)
     run.checkpoint()  # nothing shows yet that these weights are bad
+    run.write()
     monkeypatch.setattr(job_run, "DIVERGED", limit)
     with pytest.raises(JobFailed, match="lower learning rate") as failure:
         bench.step(run)

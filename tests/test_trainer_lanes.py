@@ -125,6 +125,7 @@ def fake_run(device: Device) -> Any:
         evaluating=False,
         done=False,
         end_round=partial(ran, "step"),
+        write=lambda: None,
         close=lambda: None,
     )
     return run
@@ -272,6 +273,40 @@ async def test_serving_gets_back_what_could_be_spared_and_the_work_goes_on() -> 
     await train(trainer_of(queue, pool, run, home), queue, lane=serving)
     assert device.happened == ["unit", "without 1", "unit", "unit", "finish", "step"]
     assert pool.use().reclaims == 1
+
+
+async def test_a_checkpoint_is_no_unit_and_serving_gets_slots_back_while_it_is_written() -> None:
+    device, queue = Device(), Queue()
+    home, serving = DeviceLane("training", device, ahead=1), DeviceLane("inference", device, ahead=1)
+    pool, run = SlotPool(Slots(), watermark=0.0), fake_run(device)
+    trainer = trainer_of(queue, pool, run, home)
+    run.state.park = lambda: device.happened.append("park")
+    running = home.run
+
+    async def noted(function: Any, *args: Any) -> Any:
+        if function is write:
+            assert not trainer.units.ready, "nobody waits for it"
+            pool.settle()
+            for state in pool.revoke(1):
+                await state.released()
+        return await running(function, *args)
+
+    def end_round() -> None:
+        run.step, run.checkpoint_due, run.has_unkept_steps = 1, True, True
+        device.happened.append("step")
+
+    def checkpoint() -> None:
+        device.happened.append("checkpoint")
+        run.has_unkept_steps, run.checkpoint_due, run.done = False, False, True
+
+    def write() -> None:
+        device.happened.append("write")
+
+    home.run = noted  # type: ignore[method-assign]
+    run.end_round, run.checkpoint, run.write = end_round, checkpoint, write
+    await train(trainer, queue, lane=serving)
+    assert device.happened[-5:] == ["step", "park", "write", "checkpoint", "write"]
+    assert trainer.units.times["step"].count == 1
 
 
 async def test_a_state_is_parked_when_the_lane_that_it_was_used_on_is_done() -> None:

@@ -37,6 +37,7 @@ def to_the_end(made: Bench, run: Any) -> list[tuple[int, float]]:
             found.append((run.validation.standing.step, run.validation.standing.loss))
         if run.checkpoint_due:
             run.checkpoint()
+            run.write()
     return found
 
 

@@ -51,7 +51,7 @@ class ComparePlan(BaseModel):
         trace: a file; None for the synthetic trace.
         loads: percent of the capacity under each SLO.
         seconds: of a run in which arriving requests count, after `lead_s` in which they do not.
-        grace_s: how long answers may take after that; those still under way then have failed.
+        grace_s: how long answers may take after that, at least; see `grace_of`.
         ladder_requests: of each rate that is tried to find the capacity, as far as the limits of a rung's time
             allow.
         light_requests: served one by one, to find what serving takes alone.
@@ -90,6 +90,11 @@ class ComparePlan(BaseModel):
     variation: float = 1.0
     sequence_tokens: int = 128
     seed: int = 7
+
+    def grace_of(self, tpot_ms: float) -> float:
+        """Seconds that answers may take after the last request; those still under way then have failed. The
+        longest one that keeps its promise has not."""
+        return max(self.grace_s, (self.ttft_ms + self.max_output_tokens * tpot_ms) / 1e3)
 
     def load_trace(self) -> Trace:
         """The trace with its lengths scaled and capped.

@@ -168,7 +168,8 @@ class CompareRun:
         self._tell("Capacity of serving alone", None, f"{rate:.2f} requests/s")
         seconds = min(max(plan.ladder_requests / rate, plan.shortest_rung_s), plan.longest_rung_s)
         length = min(plan.lead_s + seconds, self._trace.duration_s)
-        seen = await self._replay(stretch(self._trace, plan, rate, 0, length), REFERENCE)
+        part, loosest = stretch(self._trace, plan, rate, 0, length), max(p.tpot_ms for p in promises)
+        seen = await self._replay(part, REFERENCE, grace_s=plan.grace_of(loosest))
         records = [record for request, record in seen.answers if request.at_s >= plan.lead_s]
         answered = [record for record in records if record.error is None]
         return Rung(
@@ -200,7 +201,8 @@ class CompareRun:
         plan = self._plan
         rate = capacity_per_s * plan.loads[-1] / 100
         self._tell("Capacity in every part of the trace", None, f"{promise.label}, {rate:.2f} requests/s")
-        seen = await self._replay(stretch(self._trace, plan, rate, repetition), REFERENCE)
+        part = stretch(self._trace, plan, rate, repetition)
+        seen = await self._replay(part, REFERENCE, grace_s=plan.grace_of(promise.tpot_ms))
         slo = Slo(promise.tpot_ms, plan.ttft_ms)
         records = [record for request, record in seen.answers if request.at_s >= plan.lead_s]
         return sum(record.meets(slo) for record in records) >= ATTAINMENT_GOAL * len(records)
@@ -220,7 +222,8 @@ class CompareRun:
         plan = self._plan
         middle = plan.loads[len(plan.loads) // 2] / 100
         length = min(plan.length_s, plan.lead_s + WARM_UP_S)
-        await self._replay(stretch(self._trace, plan, capacity_per_s * middle, 0, length), WARM_UP)
+        part = stretch(self._trace, plan, capacity_per_s * middle, 0, length)
+        await self._replay(part, WARM_UP, grace_s=plan.grace_s)
 
     # -- one run -----------------------------------------------------------------------------------------
 
@@ -252,7 +255,9 @@ class CompareRun:
         await self._session.training.keep_up()
         rate = target.capacity_per_s * run.load / 100
         part = stretch(self._trace, self._plan, rate, run.repetition)
-        seen = await self._replay(part, run.policy, target.tpot_ms, pace)
+        seen = await self._replay(
+            part, run.policy, target.tpot_ms, grace_s=self._plan.grace_of(target.tpot_ms), pace=pace
+        )
         slo = Slo(target.tpot_ms, target.ttft_ms)
         requests = [
             _request(record, request, slo, counts=request.at_s >= self._plan.lead_s)
@@ -262,12 +267,17 @@ class CompareRun:
         return RunFile(self._result(run, requests, moments, seen.trained_tokens_per_s), requests, moments)
 
     async def _replay(
-        self, part: Trace, policy: str, tpot_ms: float = FREE_SLO_MS, pace: float | None = None
+        self,
+        part: Trace,
+        policy: str,
+        tpot_ms: float = FREE_SLO_MS,
+        *,
+        grace_s: float,
+        pace: float | None = None,
     ) -> Replayed:
-        plan = self._plan
         pace = pace or _clock(await self._measure_pace())
         return await self._session.replay(
-            part, policy, tpot_ms, lead_s=plan.lead_s, grace_s=plan.grace_s, pace=pace
+            part, policy, tpot_ms, lead_s=self._plan.lead_s, grace_s=grace_s, pace=pace
         )
 
     def _result(

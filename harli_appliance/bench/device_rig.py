@@ -173,6 +173,7 @@ class CudaRig:
                 )
 
     def alone(self, place: Place, work: Work, times: int) -> float:
+        torch.cuda.synchronize()  # what the work reads may have been made on another stream
         with self.on(place):
             for _ in range(WARM_UP):
                 work()

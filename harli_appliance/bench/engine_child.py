@@ -9,7 +9,6 @@ Everything else goes to stderr. Like the process of ``harli serve`` it may build
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import sys
@@ -106,7 +105,6 @@ def main(work: Path) -> int:
 
 
 if __name__ == "__main__":
-    _STDOUT = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # libraries may print
-        code = main(Path(sys.argv[1]))
-    sys.exit(code)
+    _STDOUT = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # libraries may print, C and CUDA ones past Python
+    sys.exit(main(Path(sys.argv[1])))

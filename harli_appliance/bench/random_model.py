@@ -35,6 +35,7 @@ DRAWN = 1 << 24
 def write_random_model(shapes: Shapes, folder: Path) -> None:
     """Write configuration, tokenizer and weights; replaces what is there."""
     folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(shapes.vocabulary)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -50,13 +51,13 @@ def write_random_model(shapes: Shapes, folder: Path) -> None:
         "rope_theta": 500_000.0,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
+        "bos_token_id": tokenizer.token_to_id("<s>"),
+        "eos_token_id": tokenizer.token_to_id("</s>"),
+        "pad_token_id": tokenizer.token_to_id("<pad>"),
         "torch_dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    _tokenizer().save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     names = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
@@ -77,13 +78,16 @@ def write_random_model(shapes: Shapes, folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _tokenizer() -> Tokenizer:
-    """Bytes, and words of one and two letters after a space: prompts of an exact length are made of such words."""
+def _tokenizer(vocabulary: int) -> Tokenizer:
+    """Bytes, and words of one and two letters after a space: prompts of an exact length are made of such words.
+    Before them come numbers for all other tokens, so that an answer has text at each: its reader times text.
+    (Rows of the head that repeat leave an answer to the lowest tokens, which are numbers.)"""
     space, letters = "Ġ", string.ascii_lowercase
     merges = [(space, letter) for letter in letters]
     merges += [(space + first, second) for first in letters for second in letters]
-    tokens = ["<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokens += [left + right for left, right in merges]
+    words = ["<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words += [left + right for left, right in merges]
+    tokens = [f"{space}{number}" for number in range(vocabulary - len(words))] + words
     tokenizer = Tokenizer(models.BPE({token: at for at, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

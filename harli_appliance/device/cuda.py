@@ -160,6 +160,13 @@ class LaneStream:
             self._queued.append(event)
             self._wait(ahead)
 
+    def works(self) -> bool:
+        """Whether the device still has something to do of what was launched. From any thread."""
+        try:
+            return not self._queued[-1].query()
+        except IndexError:  # the lane's thread has just waited for the last one
+            return False
+
     def drain(self) -> None:
         """Wait for everything that was launched. On the lane's thread."""
         self._wait(0)

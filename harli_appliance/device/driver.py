@@ -112,12 +112,11 @@ class CudaDriver:
     def _sms(self, resource: Any) -> Sms:
         sm = resource.sm
         least, multiple = self._alignment()
-        return Sms(
-            resource,
-            int(sm.smCount),
-            least=int(getattr(sm, "minSmPartitionSize", 0)) or least,
-            multiple=int(getattr(sm, "smCoscheduledAlignment", 0)) or multiple,
-        )
+        count = int(sm.smCount)
+        # A driver that is older than the bindings leaves these fields as they were, whatever that is.
+        told = (int(getattr(sm, name, 0)) for name in ("minSmPartitionSize", "smCoscheduledAlignment"))
+        plausible = [number if 0 < number <= count else 0 for number in told]
+        return Sms(resource, count, least=plausible[0] or least, multiple=plausible[1] or multiple)
 
     def _alignment(self) -> tuple[int, int]:
         attribute = self._api.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR

@@ -28,6 +28,7 @@ class Lane:
         around: entered around everything that runs, e.g. the lane's CUDA stream.
         finish: waits, on the lane's thread, until the device has done all that was launched; None when what ran is
             over as soon as it returns.
+        works_on: whether the device still has something to do of what was launched; from any thread.
     """
 
     def __init__(
@@ -36,14 +37,17 @@ class Lane:
         cores: Sequence[int] | None = None,
         around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
         finish: Callable[[], None] | None = None,
+        works_on: Callable[[], bool] = lambda: False,
     ) -> None:
         self.name = name
         self.cores = tuple(cores) if cores is not None else None
         self._around = around
         self._finish = finish
+        self._works_on = works_on
         self._lock = threading.Lock()
         self._busy_s = 0.0
         self._since: float | None = None
+        self._running = False
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=self._start)
 
     def _start(self) -> None:
@@ -63,21 +67,34 @@ class Lane:
             await self.run(self._finish)
 
     def busy_s(self) -> float:
-        """Seconds that the lane has been busy since it was made, work in progress included."""
+        """Seconds that the lane has been busy since it was made, work in progress included: also the device's,
+        while the thread has nothing to do."""
         with self._lock:
-            running = time.perf_counter() - self._since if self._since is not None else 0.0
-            return self._busy_s + running
+            self._look(time.perf_counter())
+            return self._busy_s
+
+    def _look(self, now: float) -> None:
+        """Count up to `now`. A device that is found to be done was so at some time since the last look, up to
+        which it counts."""
+        if self._since is not None:
+            if self._running or self._works_on():
+                self._busy_s += now - self._since
+                self._since = now
+            else:
+                self._since = None
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _timed(self, work: Callable[[], T]) -> T:
-        with self._lock:
-            self._since = time.perf_counter()
+        self._look_and_run(True)
         try:
             with self._around():
                 return work()
         finally:
-            with self._lock:
-                self._busy_s += time.perf_counter() - (self._since or 0.0)
-                self._since = None
+            self._look_and_run(False)
+
+    def _look_and_run(self, running: bool) -> None:
+        with self._lock:
+            self._look(now := time.perf_counter())
+            self._since, self._running = now, running

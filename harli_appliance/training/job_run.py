@@ -115,6 +115,7 @@ class JobRun:
         self._references = torch.full((pairs, 2), torch.nan, dtype=torch.float64)
         self.total_steps = job.n_epochs * steps_in_epoch(len(self._examples), job.batch_size)
         self.step = self._kept_step = 0
+        self._drafts: list[Callable[[], object]] = []
         self.trained_tokens = 0
         self.loss: float | None = None
         self.adapter = adapter_for(job, backbone)
@@ -266,7 +267,7 @@ class JobRun:
     def _end_evaluation(self) -> None:
         self.validation.standing = standing = self.validation.standing.after(self.step, self._step_loss)
         if standing.best_step == self.step:
-            self._save(self._home / BEST, KEPT_BEST)
+            self._take_down(self._home / BEST, KEPT_BEST)
         self._plan_step()
 
     def optimizer_step(self) -> None:
@@ -311,18 +312,26 @@ class JobRun:
 
     @property
     def has_unkept_steps(self) -> bool:
-        """Whether no checkpoint has the last optimizer step."""
+        """Whether nothing that was taken down has the last optimizer step."""
         return self.step > self._kept_step
 
     def checkpoint(self) -> None:
-        """Keep the job as it was after the last optimizer step, at any time between two of them."""
-        self._save(self._home, self._options.keep_checkpoints)
+        """Take down the job as it was after the last optimizer step, for `write`; at any time between two of
+        them."""
+        self._take_down(self._home, self._options.keep_checkpoints)
         self._kept_step = self.step
 
-    def _save(self, home: Path, keep: int) -> None:
-        standing = self.validation.standing
-        progress = checkpoints.Progress(self.step, self.trained_tokens, self.loss, standing)
-        checkpoints.save(home, progress, {**self.state.tensors(), "references": self._references}, keep)
+    def _take_down(self, home: Path, keep: int) -> None:
+        progress = checkpoints.Progress(self.step, self.trained_tokens, self.loss, self.validation.standing)
+        tensors = {**self.state.tensors(), "references": self._references}
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._drafts.append(partial(checkpoints.save, home, progress, copies, keep))
+
+    def write(self) -> None:
+        """Keep what was taken down, if anything. It may take seconds, in which the state may move."""
+        while self._drafts:
+            self._drafts[0]()
+            del self._drafts[0]
 
     def _resume(self) -> None:
         found = checkpoints.load_newest(self._home)

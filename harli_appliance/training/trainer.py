@@ -281,6 +281,7 @@ class Trainer:
     async def _keep(self, active: ActiveJob) -> None:
         if active.run.has_unkept_steps:
             await self.units.at_home(active.run.checkpoint, active.residence)
+        await self.units.at_home(active.run.write)
 
     # -- turns -----------------------------------------------------------------------------------------
 
@@ -310,15 +311,13 @@ class Trainer:
                 return
             active.index, active.spent = 0, Spent()
             self.units.set_ready(False)  # what is written down now may take seconds
+            await self.units.at_home(run.write)
             if evaluating:
                 await self._queue.evaluated(active.job.id, run.validation.standing)
             else:
                 await self._tell_step(active)
             if run.checkpoint_due:
-                self.units.offer(1)
-                self.units.set_ready(True)
-                await self._permitted(active, lambda: True)
-                await self._execute(active, WorkUnit("step", run.checkpoint))
+                await self._keep(active)
         if run.done:
             self.units.set_ready(False)
             await active.residence.leave()

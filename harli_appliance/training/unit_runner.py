@@ -7,6 +7,7 @@ lanes; does not know jobs, nor what the engine decides by.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import defaultdict
@@ -146,10 +147,14 @@ class UnitRunner:
             self.times[unit.kind].add(took_ms * (place.training if place is not None else 1.0))
         return Ran(took_ms, place, fused)
 
-    async def at_home(self, work: Callable[[], T], state: Residence) -> T:
-        """What belongs to a micro-batch and is no unit: on the training lane, never on the event loop's stream."""
+    async def at_home(self, work: Callable[[], T], state: Residence | None = None) -> T:
+        """What is no unit: on the training lane, never on the event loop's stream.
+
+        Args:
+            state: that must not move meanwhile.
+        """
         await self._move_to(self._home)
-        async with state.in_use:
+        async with state.in_use if state is not None else contextlib.nullcontext():
             done: T = await self._home.run(work)
         return done
 
