@@ -66,6 +66,8 @@ class Answer(Generation):
         """Deltas of all choices as they come; the first failure ends them all."""
         arrived: asyncio.Queue[TextDelta | Exception | None] = asyncio.Queue()
         self._pumps = [asyncio.create_task(_pump(choice, arrived)) for choice in self._choices]
+        for pump in self._pumps:  # also one that is aborted ends: somebody may still read
+            pump.add_done_callback(lambda _: arrived.put_nowait(None))
         try:
             running = len(self._choices)
             while running:
@@ -84,7 +86,6 @@ async def _pump(choice: _Choice, arrived: asyncio.Queue[TextDelta | Exception | 
     try:
         async for delta in choice.deltas():
             arrived.put_nowait(delta)
-        arrived.put_nowait(None)
     except Exception as error:
         arrived.put_nowait(error)
 

@@ -46,7 +46,8 @@ class Finding:
 
 
 class FakeGeneration:
-    """Plays deltas; stays at delta `hold_at` once told `holding`; raises `failure` after the last one."""
+    """Plays deltas; stays at delta `hold_at`, which sets `holding`, until aborted; raises `failure` after the last
+    one."""
 
     def __init__(
         self,
@@ -69,7 +70,8 @@ class FakeGeneration:
         for index, delta in enumerate(self.deltas):
             if index == self.hold_at:
                 self.holding.set()
-                await asyncio.Event().wait()
+                await self.aborted_midway.wait()
+                return
             yield delta
         if self.failure is not None:
             raise self.failure

@@ -147,3 +147,14 @@ def test_choices_have_seeds_of_their_own() -> None:
     assert [sampling_of_choice(first, choice).seed for choice in range(3)] == [2**63 - 2, 2**63 - 1, -(2**63)]
     assert sampling_of_choice(first, 1).top_k == 5
     assert sampling_of_choice(Sampling(), 3) == Sampling()
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+async def test_who_reads_an_aborted_answer_comes_to_its_end(codec: TextCodec, choices: int) -> None:
+    rig = Rig(codec, choices)
+    reading = asyncio.create_task(rig.deltas())
+    await asyncio.sleep(0)
+    rig.answer.abort()
+    for choice in range(choices):
+        rig.bring(choice, [EOS], "abort")
+    assert await asyncio.wait_for(reading, 5) == []

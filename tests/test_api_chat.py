@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from harli_appliance.errors import EngineFault, NotFound, Overloaded
-from tests.fakes import BASE, FakeAppliance, words
+from tests.fakes import BASE, FakeAppliance, listening, words
 
 HELLO = [{"role": "user", "content": "Say hello"}]
 
@@ -348,6 +348,39 @@ async def test_a_client_that_leaves_aborts_its_generation(
         asking.cancel()
         await asyncio.wait([asking])
     await asyncio.wait_for(port.generations[0].aborted_midway.wait(), 5)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_in_flight_when_the_server_stops_ends_with_an_error(
+    port: FakeAppliance, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr("harli_appliance.api.chat.GRACE_S", 0.1)
+    port.hold_at = 1
+    async with listening(port) as listener, aiohttp.ClientSession(listener.url) as session:
+        body = {"model": BASE, "messages": HELLO, "stream": stream}
+        asking = asyncio.create_task(session.post("/v1/chat/completions", json=body))
+        await port.holding.wait()
+        stopping = asyncio.create_task(listener.close())
+        async with asyncio.timeout(5):
+            response = await asking
+            last = (await response.text()).removesuffix("\n\n").rpartition("data: ")[2]
+            await stopping
+    assert json.loads(last)["error"]["code"] == "generation_aborted"
+
+
+async def test_an_answer_in_flight_when_the_server_stops_may_end(port: FakeAppliance) -> None:
+    port.queue = asyncio.Event()
+    async with listening(port) as listener, aiohttp.ClientSession(listener.url) as session:
+        asking = asyncio.create_task(
+            session.post("/v1/chat/completions", json={"model": BASE, "messages": HELLO})
+        )
+        await port.in_queue.wait()
+        stopping = asyncio.create_task(listener.close())
+        await asyncio.sleep(0.05)
+        port.queue.set()
+        async with asyncio.timeout(5):
+            assert (await asking).status == 200
+            await stopping
 
 
 async def test_a_client_that_leaves_while_queued_leaves_the_queue(url: str, port: FakeAppliance) -> None:

@@ -32,7 +32,9 @@ def create_app(port: AppliancePort, settings: Settings) -> web.Application:
     app.on_response_prepare.append(add_request_id)
     app.add_routes(OperationsRoutes(port).routes())
     app.add_routes(AdapterRoutes(port).routes())
-    app.add_routes(ChatRoutes(port).routes())
+    chat = ChatRoutes(port)
+    app.on_shutdown.append(chat.finish)
+    app.add_routes(chat.routes())
     app.add_routes(FileRoutes(port.finetuning, settings).routes())
     app.add_routes(FineTuningRoutes(port.finetuning).routes())
     return app

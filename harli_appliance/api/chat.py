@@ -6,6 +6,8 @@ the handler, and a cancelled handler aborts its generation, so that nobody compu
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import time
 import uuid
@@ -48,10 +50,24 @@ SSE_HEADERS = {
 }
 
 
+GRACE_S = 5.0
+"""How long answers in flight may go on when the server stops."""
+
+
 class ChatRoutes:
     def __init__(self, port: AppliancePort) -> None:
         self._port = port
         self._started = int(time.time())
+        self._running: set[Generation] = set()
+        self._none_running = asyncio.Event()
+        self._none_running.set()
+
+    async def finish(self, app: web.Application) -> None:
+        """The server stops: let answers in flight end, then end those that go on. Their clients are told."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._none_running.wait(), GRACE_S)
+        for generation in self._running:
+            generation.abort()
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -83,11 +99,16 @@ class ChatRoutes:
             raise NotReady("the appliance does not serve yet; GET /ready says when")
         call = body.call(request.get(CLASS_OF_KEY, "standard"))
         generation = await self._port.chat(call)
+        self._running.add(generation)
+        self._none_running.clear()
         try:
             answer = Answer(body, generation, TIER_OF_CLASS[call.slo_class])
             return await (answer.stream(request) if body.stream else answer.whole())
         finally:
             generation.abort()
+            self._running.remove(generation)
+            if not self._running:
+                self._none_running.set()
 
 
 class Answer:

@@ -13,8 +13,9 @@ from aiohttp import web
 
 from harli_appliance.errors import ConfigError
 
-GRACE_S = 5.0
-"""How long answers in flight may go on when the server stops."""
+GRACE_S = 1.0
+"""How long other requests may go on when the server stops and answers have ended; aiohttp waits as long again
+after it has cancelled them."""
 
 
 @dataclass(frozen=True, slots=True)
