@@ -313,8 +313,8 @@ class Appliance:
 
         def ended(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:
-                log.error("a part of the appliance has ended", part=name, exc_info=error)
                 self._broken = True
+                log.error("a part of the appliance has ended", part=name, exc_info=error)
 
         task = asyncio.create_task(work, name=name)
         task.add_done_callback(ended)

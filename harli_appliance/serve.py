@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         settings = load_settings(options.config, **assigned(options.settings))
-        _configure_logging(settings)
+        configure_logging(settings)
         _limit_threads()
         return asyncio.run(_serve(settings))
     except HarliError as error:
@@ -39,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
 
 
-def _configure_logging(settings: Settings) -> None:
+def configure_logging(settings: Settings) -> None:
+    """Structured lines on stderr, at the level and in the form that is set."""
     level = getattr(logging, settings.logging.level.upper())
     renderer: Any = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     if settings.logging.json_lines:
@@ -52,10 +54,22 @@ def _configure_logging(settings: Settings) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(Stderr()),  # type: ignore[arg-type]
     )
     # While it starts, SGLang warns of what a CPU does not have; once it serves, its warnings matter.
     logging.getLogger("sglang").setLevel(logging.ERROR)
+
+
+class Stderr:
+    """stderr as the log writes it: its reader may be gone or its disk full, and nothing may end for that."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
 
 
 def _limit_threads() -> None:

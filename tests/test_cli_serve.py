@@ -1,11 +1,18 @@
-"""The command line's `serve`: what its flags become."""
+"""The command line's `serve`: what its flags become, and the log of what it starts."""
 
 from __future__ import annotations
 
+import io
+import sys
+from pathlib import Path
+
 import pytest
+import structlog
 
 from harli_appliance.cli import serve as serve_command
 from harli_appliance.cli.main import run
+from harli_appliance.config import Settings
+from harli_appliance.serve import configure_logging
 from tests.cli_rig import (  # noqa: F401  fixtures
     Out,
     apart,
@@ -59,3 +66,16 @@ def test_serve_refuses_wrong_settings_before_anything_starts(
 @pytest.mark.parametrize(("text", "ms"), [("200ms", 200), ("200", 200), ("0.2s", 200), (" 1.5 s", 1500)])
 def test_durations(text: str, ms: float) -> None:
     assert serve_command.parse_ms(text) == ms
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    configure_logging(Settings(home=tmp_path))
+    try:
+        structlog.get_logger("test").error("nobody hears this", exc_info=ValueError("broken"))
+    finally:
+        structlog.reset_defaults()
