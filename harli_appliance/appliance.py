@@ -76,6 +76,7 @@ from harli_appliance.training import checkpoints
 from harli_appliance.training.fairness import make_order
 from harli_appliance.training.queue import JobQueue
 from harli_appliance.training.trainer import Trainer
+from harli_appliance.training.turns import TokenCounter
 
 if TYPE_CHECKING:
     from harli_appliance.runtime.kv import SglangSlots
@@ -120,7 +121,7 @@ class Appliance:
             database,
             settings,
             model=self._name,
-            count_tokens=codec.count_tokens,
+            count_tokens=TokenCounter(codec),
             context_length=longest_context(config_of(folder), context),
             obstacle=self._finetuning_obstacle,
             refuse_unfit=self._refuse_unfit,

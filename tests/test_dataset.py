@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from harli_appliance.errors import DatasetError
 from harli_appliance.training.dataset import MAX_FINDINGS, check_dataset, read_examples
-from harli_appliance.training.examples import Example, Message
+from harli_appliance.training.examples import AnyExample, Example, Message
 
 USER = {"role": "user", "content": "Who are you?"}
 ANSWER = {"role": "assistant", "content": "Harli."}
@@ -299,8 +299,9 @@ def test_a_long_list_of_errors_ends_with_how_many_more(check):
 # -- the context -------------------------------------------------------------------------------------------
 
 
-def words(messages: list[dict[str, str]]) -> int:
-    return sum(len(message["content"].split()) for message in messages)
+def words(example: AnyExample) -> int:
+    assert isinstance(example, Example)
+    return sum(len(message.content.split()) for message in example.messages)
 
 
 def test_examples_longer_than_the_context_are_counted_and_each_told(check):
@@ -323,7 +324,7 @@ def test_how_many_are_too_long_is_told_even_beyond_the_cap(check):
 
 
 def test_a_chat_template_that_refuses_is_the_lines_fault(check):
-    def refuse(messages: list[dict[str, str]]) -> int:
+    def refuse(example: AnyExample) -> int:
         raise RuntimeError("roles must\nalternate")
 
     report = check(GOOD, count_tokens=refuse, context_length=8)

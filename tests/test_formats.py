@@ -12,6 +12,7 @@ from harli_appliance.runtime.text import TextCodec
 from harli_appliance.training.dataset import check_dataset, read_examples
 from harli_appliance.training.examples import Example, Message, PreferenceExample, TextExample
 from harli_appliance.training.packing import EncodedExample, EncodedPair, encode
+from harli_appliance.training.turns import TokenCounter
 
 USER = {"role": "user", "content": "Who are you?"}
 GOOD: dict[str, Any] = {
@@ -94,12 +95,14 @@ def test_formats_are_not_mixed(tmp_path: Path) -> None:
     ]
 
 
-def test_the_longer_side_of_a_preference_must_fit(tmp_path: Path) -> None:
+def test_the_longer_side_of_a_preference_must_fit(tiny_model: Path, tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", GOOD)
-    words = lambda content: len(str(content).split())  # noqa: E731
-    longest = max(words([USER, *GOOD[name]]) for name in ("preferred_output", "non_preferred_output"))
-    assert check_dataset(path, count_tokens=words, context_length=longest).ok
-    assert not check_dataset(path, count_tokens=words, context_length=longest - 1).ok
+    codec = TextCodec(tiny_model)
+    sides = [[USER, *GOOD[name]] for name in ("preferred_output", "non_preferred_output")]
+    longest = max(len(codec.encode_chat(side, generation_prompt=False)) for side in sides)
+    count = TokenCounter(codec)
+    assert check_dataset(path, count_tokens=count, context_length=longest).ok
+    assert not check_dataset(path, count_tokens=count, context_length=longest - 1).ok
 
 
 def test_what_is_learned_of_each_format(tiny_model: Path, tmp_path: Path) -> None:
@@ -109,7 +112,7 @@ def test_what_is_learned_of_each_format(tiny_model: Path, tmp_path: Path) -> Non
     assert isinstance(encoded, EncodedExample)
     assert encoded.tokens == tuple(codec.encode_text("Otters swim."))
     assert encoded.learned_tokens == len(encoded.tokens) - 1
-    assert codec.count_tokens("Otters swim.") == len(encoded.tokens)
+    assert TokenCounter(codec)(text) == len(encoded.tokens)
     (pair,) = read_examples(written(tmp_path / "b.jsonl", GOOD))
     both = encode(pair, codec)
     assert isinstance(both, EncodedPair)

@@ -62,7 +62,11 @@ async def test_an_upload_over_the_configured_size_is_refused(database, settings,
 
 async def test_examples_longer_than_the_context_are_refused(database, settings, upload):
     queue = JobQueue(
-        database, settings, model="tiny", count_tokens=lambda chat: len(chat) * 5, context_length=9
+        database,
+        settings,
+        model="tiny",
+        count_tokens=lambda example: len(example.messages) * 5,
+        context_length=9,
     )
     with pytest.raises(DatasetError, match="10 tokens"):
         await queue.create_file(upload(), "a.jsonl", "fine-tune")

@@ -31,12 +31,13 @@ def check(
     from harli_appliance.cli.lengths import installed_lengths
     from harli_appliance.config import load_settings
     from harli_appliance.training.dataset import MIB, check_dataset
+    from harli_appliance.training.turns import TokenCounter
 
     settings = load_settings()
     lengths = installed_lengths(settings, model)
     report = check_dataset(
         file,
-        count_tokens=lengths.count if lengths is not None else None,
+        count_tokens=TokenCounter(lengths) if lengths is not None else None,
         context_length=lengths.context if lengths is not None else None,
         max_file_bytes=settings.server.max_upload_mib * MIB,
         max_findings=sys.maxsize,

@@ -23,7 +23,7 @@ from harli_appliance.models.architectures import longest_context
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Counts the tokens of a conversation as `model` sees it; `context` is the most it can take."""
+    """A `turns.ChatEncoder` of `model`; `context` is the most tokens that it can take."""
 
     model: Path
     context: int | None
@@ -32,11 +32,17 @@ class Lengths:
     words: Mapping[str, str]
     """Special tokens that a template may name, e.g. ``bos_token``."""
 
-    def count(self, content: Sequence[Mapping[str, str]] | str) -> int:
-        if isinstance(content, str):
-            return len(self.tokenizer.encode(content).ids) + ("eos_token" in self.words)
-        text = self.template.render(messages=content, add_generation_prompt=False, **self.words)
-        return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, generation_prompt: bool = True
+    ) -> list[int]:
+        text = self.template.render(messages=messages, add_generation_prompt=generation_prompt, **self.words)
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_text(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text).ids
+        end = self.tokenizer.token_to_id(self.words["eos_token"]) if "eos_token" in self.words else None
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
 def installed_lengths(settings: Settings, model: str | None) -> Lengths | None:

@@ -61,12 +61,6 @@ class TextCodec:
         end = self._tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
-    def count_tokens(self, content: Sequence[Mapping[str, str]] | str) -> int:
-        """Tokens of a conversation or a text."""
-        if isinstance(content, str):
-            return len(self.encode_text(content))
-        return len(self.encode_chat(content, generation_prompt=False))
-
     def decoder(self, stop: Sequence[str] = ()) -> Decoder:
         return Decoder(self._tokenizer.backend_tokenizer, stop)
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from harli_appliance.errors import DatasetError
 from harli_appliance.schema import DataFormat
-from harli_appliance.training.examples import AnyExample, Chat, Verdict
+from harli_appliance.training.examples import AnyExample, Verdict
 from harli_appliance.training.findings import Finding, Findings, Report
 from harli_appliance.training.preferences import judge
 from harli_appliance.training.strict_json import LineFault, parse_line
@@ -28,8 +28,8 @@ MAX_FINDINGS = 100
 REMEMBERED_EXAMPLES = 100_000
 """Duplicates are looked for among so many examples: about 10 MiB of digests."""
 
-CountTokens = Callable[[Chat | str], int]
-"""Tokens of a chat (messages with role and content) as the served model's template writes it, or of a text."""
+CountTokens = Callable[[AnyExample], int]
+"""Tokens of an example as the served model reads it; see `turns.TokenCounter`."""
 
 _CHUNK = 64 * 1024
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -214,7 +214,7 @@ class _Check:
         if self._count_tokens is None:
             return True
         try:
-            tokens = max(map(self._count_tokens, example.texts()))
+            tokens = self._count_tokens(example)
         except Exception as error:  # a chat template may raise anything; here it is the data's fault
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             self.errors.add(

@@ -13,8 +13,6 @@ from typing import Any, ClassVar, Literal, get_args
 from harli_appliance.schema import DataFormat
 from harli_appliance.training.strict_json import shown
 
-Chat = list[dict[str, str]]
-"""Messages as chat templates take them."""
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[str, ...] = get_args(Role)
 
@@ -49,10 +47,6 @@ class Example:
         """The messages as chat templates take them."""
         return [{"role": message.role, "content": message.content} for message in self.messages]
 
-    def texts(self) -> Iterator[Chat | str]:
-        """What is counted to know how long the example is."""
-        yield self.as_chat()
-
 
 @dataclass(frozen=True, slots=True)
 class TextExample:
@@ -61,9 +55,6 @@ class TextExample:
     text: str
 
     format: ClassVar[DataFormat] = "text"
-
-    def texts(self) -> Iterator[Chat | str]:
-        yield self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +65,6 @@ class PreferenceExample:
     other: Example
 
     format: ClassVar[DataFormat] = "preference"
-
-    def texts(self) -> Iterator[Chat | str]:
-        yield self.preferred.as_chat()
-        yield self.other.as_chat()
 
 
 AnyExample = Example | TextExample | PreferenceExample

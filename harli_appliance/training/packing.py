@@ -7,25 +7,14 @@ Knows examples and tokens; does not know the model. Of conversations only assist
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from harli_appliance.errors import UsageError
 from harli_appliance.training.examples import AnyExample, Example, PreferenceExample, TextExample
-
-
-class ChatEncoder(Protocol):
-    """The model's chat template and tokenizer; see `harli_appliance.runtime.text.TextCodec`."""
-
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, generation_prompt: bool = True
-    ) -> list[int]: ...
-
-    def encode_text(self, text: str) -> list[int]: ...
+from harli_appliance.training.turns import ChatEncoder, learned_turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +92,7 @@ def encode(example: AnyExample, encoder: ChatEncoder) -> Encoded:
     """Tokens of an example of any format, and which of them are learned.
 
     Raises:
-        UsageError: the chat template rewrites earlier turns, so that an assistant turn cannot be located.
+        UsageError: see `turns.learned_turns`.
     """
     if isinstance(example, TextExample):
         tokens = tuple(encoder.encode_text(example.text))
@@ -117,19 +106,12 @@ def encode_example(example: Example, encoder: ChatEncoder) -> EncodedExample:
     """Tokens of a conversation, and which of them are the assistant's.
 
     Raises:
-        UsageError: the chat template rewrites earlier turns, so that an assistant turn cannot be located.
+        UsageError: see `turns.learned_turns`.
     """
-    plain = example.as_chat()
-    tokens = encoder.encode_chat(plain, generation_prompt=False)
+    tokens = encoder.encode_chat(example.as_chat(), generation_prompt=False)
     learn = [False] * len(tokens)
-    for index, message in enumerate(example.messages):
-        if message.role != "assistant" or message.weight == 0:
-            continue
-        before = encoder.encode_chat(plain[:index], generation_prompt=True)
-        through = encoder.encode_chat(plain[: index + 1], generation_prompt=False)
-        if tokens[: len(through)] != through or through[: len(before)] != before:
-            raise UsageError("the model's chat template changes earlier turns; it cannot be trained on")
-        learn[len(before) : len(through)] = [True] * (len(through) - len(before))
+    for turn in learned_turns(example, tokens, encoder):
+        learn[turn] = [True] * (turn.stop - turn.start)
     return EncodedExample(tuple(tokens), tuple(learn))
 
 

@@ -17,7 +17,8 @@ from harli_appliance.training.backbone import Backbone
 from harli_appliance.training.dataset import read_examples
 from harli_appliance.training.fit import fit, fitting_tokens
 from harli_appliance.training.job_run import adapter_for
-from harli_appliance.training.packing import ChatEncoder, encode, size_of
+from harli_appliance.training.packing import encode, size_of
+from harli_appliance.training.turns import ChatEncoder
 
 TEMPLATE_BYTES = 256
 """More than a chat template adds to an example beyond what JSON's own keys and braces take."""
