@@ -503,6 +503,18 @@ class Appliance:
         self._require_ready()
         await self._shelf.remove(name)
 
+    async def delete_model(self, name: str) -> None:
+        """Stop serving what a job has made, and delete it; requests in flight on it finish.
+
+        Raises:
+            UsageError: the name is the base model's. NotFound: no job has made a model of this name.
+        """
+        self._require_ready()
+        if name == self._name:
+            raise UsageError(f"{name!r} is the base model; only finetuned models are deleted", param="model")
+        await self._queue.delete_adapter(name)
+        await self._shelf.forget(name)
+
     # -- operations --------------------------------------------------------------------------------------
 
     def ready(self) -> bool:

@@ -139,6 +139,10 @@ class HarliClient:
     async def models(self) -> list[ModelObject]:
         return (await self._get("/v1/models", ListOf[ModelObject])).data
 
+    async def delete_model(self, name: str) -> Deleted:
+        async with self._call("DELETE", f"/v1/models/{_segment(name)}") as response:
+            return Deleted.model_validate(await response.json())
+
     async def metrics(self) -> str:
         async with self._call("GET", "/metrics") as response:
             return await response.text()

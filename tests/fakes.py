@@ -375,6 +375,12 @@ class FakeAppliance:
     async def unload_adapter(self, name: str) -> None:
         raise AssertionError("tested against the real appliance")
 
+    async def delete_model(self, name: str) -> None:
+        kept = [model for model in self.status_now.models if model.id != name]
+        if kept == self.status_now.models:
+            raise NotFound(f"no job has made a model '{name}'", code="model_not_found")
+        self.status_now = self.status_now.model_copy(update={"models": kept})
+
     async def change_policy(self, change: PolicyChange) -> Status:
         self.changes.append(change)
         slo = self.status_now.slo

@@ -71,6 +71,22 @@ async def test_an_old_version_stays_until_its_last_request_has_ended(lane: Lane)
     assert runtime.loaded == []
 
 
+async def test_a_forgotten_name_is_unloaded_once_nobody_uses_it(lane: Lane) -> None:
+    runtime = NotingRuntime()
+    shelf = AdapterShelf(runtime, lane)  # type: ignore[arg-type]
+    await shelf.put("otter", Path("one"))
+    served = shelf.begin("otter", "r1")
+    shelf.keep_off("ia3")
+    for name in ("otter", "ia3", "never there"):
+        await shelf.forget(name)
+        with pytest.raises(NotFound):
+            shelf.begin(name, "r2")
+    assert runtime.loaded == [served]
+    shelf.end("r1")
+    await shelf.close()
+    assert runtime.loaded == []
+
+
 async def test_a_version_that_cannot_be_loaded_leaves_the_old_one(lane: Lane) -> None:
     shelf = AdapterShelf(NotingRuntime(), lane)  # type: ignore[arg-type]
     await shelf.put("otter", Path("one"))

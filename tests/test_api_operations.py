@@ -28,6 +28,8 @@ async def test_models(port: FakeAppliance) -> None:
             with pytest.raises(openai.NotFoundError) as caught:
                 await client.models.retrieve("gpt-5")
             assert caught.value.code == "model_not_found"
+            assert (await client.models.delete("ft:smollm2:harbour")).deleted
+            assert [m.id async for m in client.models.list()] == [BASE]
 
 
 async def test_health_and_readiness(http: aiohttp.ClientSession, port: FakeAppliance) -> None:

@@ -187,8 +187,11 @@ def test_a_job_becomes_a_model_that_answers_as_taught(process: Process, lesson: 
             "/load_lora_adapter", body={"lora_name": "other", "lora_path": "/nowhere"}, cast_to=object
         )
     client.post("/unload_lora_adapter", body={"lora_name": "copy"}, cast_to=object)
-    with pytest.raises(openai.NotFoundError, match="copy"):
-        ask(client, "copy")
+    assert client.models.delete(name).deleted
+    for gone in ("copy", name):
+        with pytest.raises(openai.NotFoundError, match=gone):
+            ask(client, gone)
+    assert not folder.exists()
 
 
 def test_choices_seeds_and_probabilities_of_a_real_answer(

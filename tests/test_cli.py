@@ -117,6 +117,14 @@ def test_models_served_and_on_this_machine(port: FakeAppliance, tmp_path: Path, 
     assert BASE in [model["name"] for model in found["fetchable"]]
 
 
+def test_a_finetuned_model_is_deleted(port: FakeAppliance, out: Out) -> None:
+    assert run(["models", "delete", "ft:smollm2:harbour"]) == 0
+    assert out()[0] == "ft:smollm2:harbour is deleted\n"
+    assert [model.id for model in port.models()] == [BASE]
+    assert run(["models", "delete", "ft:smollm2:harbour"]) == 1
+    assert "no job has made a model" in out()[1]
+
+
 def test_models_without_an_appliance(out: Out) -> None:
     assert run(["models", "--url", "http://127.0.0.1:9"]) == 0
     stdout, stderr = out()

@@ -280,6 +280,27 @@ async def test_a_job_that_succeeds_tells_its_story_and_leaves_an_adapter(queue, 
     assert adapter.path == settings.adapters / job.id
 
 
+async def test_what_a_job_made_can_be_deleted_and_the_job_stays(queue, settings, spec):
+    made = []
+    for _ in range(2):
+        job = await queue.create_job(spec)
+        await queue.next_job()
+        folder = settings.adapters / job.id
+        folder.mkdir(parents=True)
+        (folder / "adapter_model.safetensors").write_bytes(b"weights")
+        made.append(await queue.succeed(job.id, folder, 8))
+    gone, kept = made
+    await queue.delete_adapter(gone.fine_tuned_model)
+    assert [adapter.job_id for adapter in await queue.adapters()] == [kept.id]
+    assert sorted(path.name for path in settings.adapters.iterdir()) == [kept.id]
+    assert (await queue.job(gone.id)).status == "succeeded"
+    assert (await messages(queue, gone.id))[-1] == f"{gone.fine_tuned_model} was deleted"
+    with pytest.raises(NotFound, match="was deleted; run the job again"):
+        await queue.adapter_folder(gone.id)
+    with pytest.raises(NotFound, match="no job has made"):
+        await queue.delete_adapter(gone.fine_tuned_model)
+
+
 async def test_adapters_move_with_the_data_directory_unless_they_lie_elsewhere(
     queue, database, settings, spec
 ):

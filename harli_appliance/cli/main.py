@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from harli_appliance import __version__
-from harli_appliance.cli import bench, chat, data, demo, doctor, jobs, plan, serve, status
+from harli_appliance.cli import bench, chat, data, demo, doctor, jobs, models, plan, serve, status
 from harli_appliance.cli.output import complain
 from harli_appliance.errors import HarliError
 
@@ -51,7 +51,7 @@ app.command("run")(chat.run)
 app.command("ps")(status.ps)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(data.app, name="data")
-app.command("models")(status.models)
+app.add_typer(models.app, name="models")
 app.command("status")(status.status)
 app.command("top")(status.top)
 app.command("demo")(demo.demo)

@@ -1,4 +1,4 @@
-"""`harli status`, `ps`, `models` and `top`: what the appliance does right now."""
+"""`harli status`, `ps` and `top`: what the appliance does right now."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harli_appliance.cli.connect import Json, Url, connect, talk
-from harli_appliance.cli.output import note, number, print_json, print_table, steps
+from harli_appliance.cli.output import number, print_json, print_table, steps
 from harli_appliance.scheduling.reasons import in_words
 
 if TYPE_CHECKING:
@@ -114,48 +114,6 @@ def ps(json: Json = False, url: Url = None) -> None:
             for job in active
         ]
         print_table(("JOB", "STATUS", "STEP", "LOSS", "PRIORITY", "SHARE", "LEFT"), rows)
-
-
-def models(json: Json = False, url: Url = None) -> None:
-    """Show the models that are served, those on this machine, and those that can be fetched."""
-    from harli_appliance.config import load_settings
-    from harli_appliance.errors import ApplianceUnavailable
-    from harli_appliance.models.catalog import CATALOG, installed_models
-
-    installed = installed_models(load_settings())
-    have = {model.name for model in installed}
-    fetchable = [entry for name, entry in CATALOG.items() if name not in have]
-    try:
-        served = talk(url, lambda client: client.models())
-    except ApplianceUnavailable as error:
-        note(f"{error.message}; showing what is on this machine")
-        served = None
-    if json:
-        print_json(
-            {
-                "served": None if served is None else [model.model_dump(mode="json") for model in served],
-                "installed": [
-                    {"name": model.name, "path": str(model.path), "architecture": model.architecture}
-                    for model in installed
-                ],
-                "fetchable": [
-                    {"name": entry.name, "description": entry.description, "license": entry.license}
-                    for entry in fetchable
-                ],
-            }
-        )
-        return
-    rows = [
-        (
-            model.id,
-            "served",
-            model.harli.kind if model.harli.parent is None else f"adapter of {model.harli.parent}",
-        )
-        for model in served or []
-    ]
-    rows += [(model.name, "installed", str(model.path)) for model in installed]
-    rows += [(entry.name, "fetched when served", entry.description) for entry in fetchable]
-    print_table(("MODEL", "STATE", "WHAT"), rows)
 
 
 def top(

@@ -81,6 +81,13 @@ class AdapterShelf:
             self._retire(self._known(name))
             del self._current[name]
 
+    async def forget(self, name: str) -> None:
+        """Nothing has this name any more, if anything had; requests in flight on it finish."""
+        async with self._changing:
+            self._kept_off.discard(name)
+            if (version := self._current.pop(name, None)) is not None:
+                self._retire(version)
+
     def keep_off(self, name: str) -> None:
         """This name stands for an adapter that cannot be served; whoever asks for it is told so."""
         self._kept_off.add(name)

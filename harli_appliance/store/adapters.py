@@ -48,5 +48,14 @@ def adapter_of(db: Database, job_id: str) -> Adapter | None:
     return None if row is None else _adapter(row)
 
 
+def delete_adapter(db: Database, name: str) -> Adapter | None:
+    """The adapter that had this name, None when there was none."""
+    row = next(db.table("adapters").rows_where("name = ?", [name]), None)
+    if row is None:
+        return None
+    db.table("adapters").delete_where("name = ?", [name])
+    return _adapter(row)
+
+
 def _adapter(row: dict[str, Any]) -> Adapter:
     return Adapter(**{**row, "path": Path(row["path"]), "download_only": bool(row["download_only"])})

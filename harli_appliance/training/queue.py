@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -387,6 +388,22 @@ class JobQueue(FileLibrary, FineTuning):
         found = await self._database.run(adapter_rows.list_adapters)
         return [replace(adapter, path=self._settings.home / adapter.path) for adapter in found]
 
+    async def delete_adapter(self, name: str) -> None:
+        """Delete a finished adapter; its job stays.
+
+        Raises:
+            NotFound: there is none of this name.
+        """
+        found = await self._database.run(lambda db: adapter_rows.delete_adapter(db, name))
+        if found is None:
+            raise NotFound(
+                f"no job has made a model '{name}'; 'harli models' lists those that are served",
+                code="model_not_found",
+                param="model",
+            )
+        await asyncio.to_thread(shutil.rmtree, self._settings.home / found.path, ignore_errors=True)
+        await self.event(found.job_id, "info", f"{name} was deleted")
+
     async def adapter_folder(self, job_id: str) -> Path:
         """Where the adapter of a job lies.
 
@@ -398,6 +415,8 @@ class JobQueue(FileLibrary, FineTuning):
         def find(db: Connection) -> Path:
             job = job_rows.get_job(db, job_id)
             adapter = adapter_rows.adapter_of(db, job_id)
+            if adapter is None and job.status == "succeeded":
+                raise NotFound(f"the model that job '{job_id}' made was deleted; run the job again")
             if adapter is None:
                 raise Conflict(
                     f"job '{job_id}' is {job.status} and has no adapter; wait until it has succeeded",
