@@ -375,7 +375,11 @@ class Appliance:
     @property
     def _device(self) -> str:
         if self._gpu is not None:
-            return self._gpu.name if self._settings.device.graphs else f"{self._gpu.name}, no graphs"
+            without = {
+                "graphs": not self._settings.device.graphs,
+                "fused kernels": not self._settings.training.fused_kernels,
+            }
+            return ", no ".join([self._gpu.name, *(name for name, missing in without.items() if missing)])
         inference, training = self._partition.inference, self._partition.training
         return f"{cpu_name()}, {len(inference)}+{len(training)} cores"
 
