@@ -66,10 +66,11 @@ NAMES = {
         "MergedColumnParallelLinearWithLoRA.forward QKVParallelLinearWithLoRA.forward "
         "RowParallelLinearWithLoRA.forward torch"
     ),
+    "sglang.srt.lora.lora_registry": "LoRARef.lora_id LoRARef.lora_name LoRARef.lora_path LoRARef.pinned",
     "sglang.srt.lora.utils": "generate_sequence_lengths",
     "sglang.srt.managers.io_struct": (
         "AbortReq.rid AbortReq.finished_reason TokenizedGenerateReqInput.lora_id "
-        "LoadLoRAAdapterReqInput.lora_id UnloadLoRAAdapterReqInput.lora_id"
+        "UnloadLoRAAdapterReqInput.lora_id"
     ),
     "sglang.srt.managers.schedule_batch": (
         "FINISH_ABORT.message FINISH_LENGTH Req.finished Req.finished_reason "
@@ -84,7 +85,7 @@ NAMES = {
     "sglang.srt.managers.scheduler": (
         "Scheduler.get_next_batch_to_run Scheduler.run_batch Scheduler.process_batch_result "
         "Scheduler.process_input_requests Scheduler.abort_request Scheduler.collect_inflight_reqs "
-        "Scheduler.on_idle Scheduler.load_lora_adapter Scheduler.unload_lora_adapter "
+        "Scheduler.on_idle Scheduler.unload_lora_adapter "
         "Scheduler.get_output_streamer_class Scheduler._should_defer_prefill "
         "Scheduler.waiting_queue Scheduler.running_batch Scheduler.last_batch Scheduler.chunked_req "
         "Scheduler.cur_batch_for_debug "
@@ -129,7 +130,7 @@ NAMES = {
     "sglang.srt.model_executor.model_runner": (
         "ModelRunner.model ModelRunner.sampler ModelRunner.attn_backend "
         "ModelRunner.decode_cuda_graph_runner ModelRunner.decode_attn_backend_group "
-        "ModelRunner.kv_index_translator"
+        "ModelRunner.kv_index_translator ModelRunner.load_lora_adapter_from_tensors"
     ),
     "sglang.srt.model_executor.model_runner_components.attention_backend_setup": (
         "build_attention_backends AttentionBackends.attn_backend"
