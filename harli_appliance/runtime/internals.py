@@ -80,7 +80,7 @@ NAMES = {
         "ReqLogprob.output_top_logprobs_val ReqLogprob.output_top_logprobs_idx "
         "ReqLogprob.top_logprobs_num ScheduleBatch.filter_batch ScheduleBatch.batch_is_full "
         "ScheduleBatch.reqs ScheduleBatch.seq_lens_cpu ScheduleBatch.extend_num_tokens "
-        "ScheduleBatch.forward_mode"
+        "ScheduleBatch.forward_mode ScheduleBatch.sampling_info"
     ),
     "sglang.srt.managers.scheduler": (
         "Scheduler.get_next_batch_to_run Scheduler.run_batch Scheduler.process_batch_result "
@@ -146,8 +146,23 @@ NAMES = {
     ),
     "sglang.srt.multiplex.pdmux_context": "STREAM_GROUPS set_current_stream_idx",
     "sglang.srt.runtime_context": "SpawnRanks get_server_args publish spawn_world_rank",
+    "sglang.srt.sampling.penaltylib.frequency_penalty": (
+        "BatchedFrequencyPenalizer.frequency_penalties BatchedFrequencyPenalizer.cumulated_frequency_penalties"
+    ),
+    "sglang.srt.sampling.penaltylib.min_new_tokens": "BatchedMinNewTokensPenalizer.len_output_tokens",
+    "sglang.srt.sampling.penaltylib.orchestrator": (
+        "BatchedPenalizerOrchestrator.penalizers BatchedPenalizerOrchestrator.device"
+    ),
+    "sglang.srt.sampling.penaltylib.presence_penalty": (
+        "BatchedPresencePenalizer.presence_penalties BatchedPresencePenalizer.cumulated_presence_penalties"
+    ),
+    "sglang.srt.sampling.penaltylib.repetition_penalty": (
+        "BatchedRepetitionPenalizer.repetition_penalties "
+        "BatchedRepetitionPenalizer.cumulated_repetition_penalties BatchedRepetitionPenalizer.is_prepared"
+    ),
     "sglang.srt.sampling.sampling_batch_info": (
-        "SamplingBatchInfo.top_ks SamplingBatchInfo.top_ps SamplingBatchInfo.min_ps"
+        "SamplingBatchInfo.top_ks SamplingBatchInfo.top_ps SamplingBatchInfo.min_ps "
+        "SamplingBatchInfo.penalizer_orchestrator"
     ),
     "sglang.srt.sampling.sampling_params": "SamplingParams.normalize SamplingParams.sampling_seed",
     "sglang.srt.server_args": "PortArgs.init_new ServerArgs.resolve_once",

@@ -58,6 +58,7 @@ from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank  # 
 from sglang.srt.server_args import PortArgs, ServerArgs  # noqa: E402
 
 from harli_appliance.runtime import sampler  # noqa: E402, F401  registers the sampling backend
+from harli_appliance.runtime.penalties import count_answers  # noqa: E402
 from harli_appliance.runtime.sampling import check, logprobs_of, sampling_params  # noqa: E402
 
 GRAMMAR_WAIT_S = 0.0005
@@ -294,9 +295,12 @@ class SglangRuntime:
             following = scheduler.get_next_batch_to_run(
                 running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
             )
+            batch = following.batch_to_run
+            if batch is not None and batch.forward_mode.is_extend():
+                count_answers(batch)
         scheduler.running_batch = following.running_batch
-        scheduler.cur_batch_for_debug = following.batch_to_run
-        return following.batch_to_run
+        scheduler.cur_batch_for_debug = batch
+        return batch
 
     def execute(self, plan: StepPlan) -> StepOutcome:
         """Run the planned batch and collect its tokens."""
