@@ -190,7 +190,10 @@ async def test_a_tier_that_is_not_known_is_refused(http: aiohttp.ClientSession) 
         ({"seed": 2**64}, "seed"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stop": [""]}, "stop.0"),
+        ({"stop": "x" * 1001}, "stop"),
+        ({"stop": ["a", "x" * 1001]}, "stop"),
         ({"messages": []}, "messages"),
+        ({"messages": [1] * 2001}, "messages"),  # they are not looked at
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
