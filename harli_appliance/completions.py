@@ -71,6 +71,12 @@ class Completions:
             NotFound: unknown model. UsageError: it cannot be answered as asked.
             Overloaded: too many requests wait.
         """
+        if call.n > self._engine.max_queued:
+            raise UsageError(
+                f"{call.n} choices are more than the {self._engine.max_queued} requests that may wait "
+                "(server.max_queued_requests); lower n",
+                param="n",
+            )
         if call.json_schema is not None:
             await asyncio.to_thread(check_json_schema, call.json_schema)
         if call.logprobs is not None:
