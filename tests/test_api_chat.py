@@ -230,6 +230,19 @@ async def test_an_unknown_field_gets_the_nearest_name(http: aiohttp.ClientSessio
     assert "did you mean 'temperature'?" in str(error["message"])
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+async def test_a_body_that_does_not_decompress_is_not_to_be_sent_again(
+    http: aiohttp.ClientSession, encoding: str
+) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    for _ in range(2):  # the first leaves no broken connection behind
+        async with http.post(
+            "/v1/chat/completions", data=b"{} is not compressed", headers=headers
+        ) as response:
+            assert response.status == 400
+            assert (await response.json())["error"]["code"] == "invalid_body"
+
+
 @pytest.mark.parametrize(
     ("raw", "word"),
     [
