@@ -71,11 +71,19 @@ class Completions:
             NotFound: unknown model. UsageError: it cannot be answered as asked.
             Overloaded: too many requests wait.
         """
+        if call.n > self._engine.max_queued:
+            raise UsageError(
+                f"{call.n} choices are more than the {self._engine.max_queued} requests that may wait "
+                "(server.max_queued_requests); lower n",
+                param="n",
+            )
         if call.json_schema is not None:
             await asyncio.to_thread(check_json_schema, call.json_schema)
         if call.logprobs is not None:
             await asyncio.to_thread(self._codec.token_bytes, 0)  # the first call is slow
-        prompt = await asyncio.to_thread(self._codec.encode_chat, call.messages)  # megabytes take seconds
+        prompt = await asyncio.to_thread(  # megabytes take seconds
+            self._codec.encode_chat, call.messages, most_tokens=self._context_length
+        )
         # From here on nothing awaits, so that all choices run on the same version of an adapter.
         require_ready()
         sampling = self._sampling(call, len(prompt))

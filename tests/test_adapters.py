@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.engine.lanes import Lane
 from harli_appliance.errors import NotFound, UsageError
 from harli_appliance.runtime.protocol import Sampling, Submission
-from harli_appliance.training.adapter import Adapter
+from harli_appliance.training.adapter import TARGETS, Adapter
 from harli_appliance.training.backbone import Backbone
 from tests.conftest import Serving
 from tests.test_runtime import greedy, prompt
@@ -120,12 +122,17 @@ async def test_what_is_loaded_has_a_name_although_nobody_waits_for_it_any_more(l
     assert runtime.loaded == [version.adapter_id] == [shelf.begin("otter", "r1")]
 
 
-def make_adapter(reference: Any, folder: Path, seed: int, rank: int = 4, rslora: bool = False) -> Path:
+def make_adapter(
+    reference: Any,
+    folder: Path,
+    seed: int,
+    rank: int = 4,
+    rslora: bool = False,
+    targets: Sequence[str] = TARGETS,
+) -> Path:
     """A random adapter that changes answers, saved in PEFT's format."""
-    import copy
-
     backbone = Backbone(copy.deepcopy(reference).requires_grad_(False))
-    adapter = Adapter(backbone, rank=rank, alpha=2 * rank, seed=seed, rslora=rslora)
+    adapter = Adapter(backbone, rank=rank, alpha=2 * rank, seed=seed, rslora=rslora, targets=targets)
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
@@ -134,10 +141,6 @@ def make_adapter(reference: Any, folder: Path, seed: int, rank: int = 4, rslora:
 
 
 def tuned(reference: Any, folder: Path, ids: list[int], count: int) -> list[int]:
-    import copy
-
-    from peft import PeftModel
-
     return greedy(PeftModel.from_pretrained(copy.deepcopy(reference), folder), ids, count)
 
 
@@ -181,36 +184,149 @@ async def test_a_request_finishes_on_the_version_that_it_began_with(
     assert len({tuple(tokens) for tokens in brought.values()}) == 3
 
 
-@pytest.mark.parametrize("fault", ["rank", "targets", "corrupt", "missing", "config", "shape"])
-async def test_what_does_not_fit_is_refused_by_name_and_serving_goes_on(
-    serving: Serving, reference: Any, tmp_path: Path, fault: str
-) -> None:
-    folder = make_adapter(reference, tmp_path / "bad", 3, rank=32 if fault == "rank" else 4)
-    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    if fault == "targets":
-        config.write_text(json.dumps({**json.loads(config.read_text()), "target_modules": ["nonsense_proj"]}))
-    elif fault == "corrupt":
-        weights.write_bytes(weights.read_bytes()[:200])
-    elif fault == "missing":
-        weights.unlink()
-    elif fault == "config":
-        config.write_text("{ not json")
-    elif fault == "shape":
-        tensors = {name: tensor[..., :-1].contiguous() for name, tensor in load_file(weights).items()}
-        save_file(tensors, weights)
-    shelf = AdapterShelf(serving.runtime, serving.lane)
-    with pytest.raises(UsageError, match="misfit"):
-        await shelf.put("misfit", folder)
-    assert shelf.versions == ()
-    ids = prompt(501, 12)
+def answer(
+    serving: Serving, request: str, ids: list[int], count: int, adapter: str | None = None
+) -> list[int]:
+    """Greedy tokens, on the inference lane."""
 
     def serve() -> list[int]:
-        name = f"after-{fault}"
-        serving.runtime.submit(Submission(name, ids, Sampling(max_tokens=5, ignore_eos=True)))
+        sampling = Sampling(max_tokens=count, ignore_eos=True)
+        serving.runtime.submit(Submission(request, ids, sampling, adapter))
         found: list[int] = []
         while (plan := serving.runtime.plan()) is not None:
             for item in serving.runtime.execute(plan).tokens:
                 found += item.tokens
         return found
 
-    assert await asyncio.wrap_future(serving.lane.submit(serve)) == greedy(reference, ids, 5)
+    return serving.lane.submit(serve).result()
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        "k_proj",
+        "v_proj",
+        "k_proj,v_proj",
+        "q_proj",
+        "q_proj,k_proj",
+        "up_proj",
+        "up_proj,down_proj",
+        "gate_proj",
+    ],
+)
+async def test_whichever_projections_were_trained_answers_are_those_of_peft(
+    serving: Serving, reference: Any, tmp_path: Path, targets: str
+) -> None:
+    folder = make_adapter(reference, tmp_path / "some", 4, targets=targets.split(","))
+    shelf = AdapterShelf(serving.runtime, serving.lane)
+    await shelf.put("some", folder)
+    ids = prompt(502, 16)
+    served = await asyncio.to_thread(
+        answer, serving, f"some-{targets}", ids, 8, shelf.begin("some", f"some-{targets}")
+    )
+    shelf.end(f"some-{targets}")
+    await shelf.remove("some")
+    await shelf.close()
+    assert served == tuned(reference, folder, ids, 8)
+    assert served != greedy(reference, ids, 8)
+
+
+Tensors = dict[str, torch.Tensor]
+A, B = (f"base_model.model.model.layers.2.self_attn.o_proj.lora_{matrix}.weight" for matrix in "AB")
+
+
+def described(**fields: object) -> Callable[[dict[str, Any], Tensors], None]:
+    """Writes these into the configuration; None leaves a field out."""
+
+    def write(config: dict[str, Any], tensors: Tensors) -> None:
+        config |= fields
+        for field in [name for name, value in fields.items() if value is None]:
+            del config[field]
+
+    return write
+
+
+def narrower(config: dict[str, Any], tensors: Tensors) -> None:
+    tensors |= {name: tensor[..., :-1].contiguous() for name, tensor in tensors.items()}
+
+
+def of_another_rank(config: dict[str, Any], tensors: Tensors) -> None:
+    tensors |= {A: tensors[A][:2].contiguous(), B: tensors[B][:, :2].contiguous()}
+
+
+def of_unequal_ranks(config: dict[str, Any], tensors: Tensors) -> None:
+    tensors[B] = tensors[B][:, :2].contiguous()
+
+
+def without_b(config: dict[str, Any], tensors: Tensors) -> None:
+    del tensors[B]
+
+
+def not_finite(config: dict[str, Any], tensors: Tensors) -> None:
+    tensors[B][0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (described(r=16), "its rank is 16, the largest is training.max_lora_rank = 8"),
+        (described(r=2), r"lora_A.weight is of shape \[4, .*'r': 2 need \[2, "),
+        (described(r=None), "'r' in .* is null; write its rank"),
+        (described(r=0), "'r' in .* is 0; write its rank"),
+        (described(r="4"), "'r' in .* is \"4\"; write its rank"),
+        (described(lora_alpha=None), "'lora_alpha' in .* is null; write a number"),
+        (described(lora_alpha=float("nan")), "'lora_alpha' in .* is NaN; write a number"),
+        (described(target_modules=None), "'target_modules' in .* must list"),
+        (described(target_modules=[1]), "'target_modules' in .* must list"),
+        (described(target_modules=["nonsense_proj"]), "'target_modules' does not name .*; add it there"),
+        (described(use_rslora=True), r"'use_rslora' is not served; multiply 'lora_alpha' by sqrt\(r\)"),
+        (described(use_dora=True), "it is of the method DoRA; only LoRA"),
+        (described(alpha_pattern={"q_proj": 3}), "'alpha_pattern' is not served; train it with one rank"),
+        (described(rank_pattern={"q_proj": 3}), "'rank_pattern' is not served; train it with one rank"),
+        (described(init_lora_weights="pissa_niter_4"), "a base model that .*'pissa_niter_4' has changed"),
+        (narrower, "is of shape .*, this model and 'r': 4 need"),
+        (of_another_rank, "o_proj.lora_A.weight is of shape"),
+        (of_unequal_ranks, "o_proj.lora_B.weight is of shape"),
+        (without_b, "o_proj.lora_B.weight is missing; save the adapter again"),
+        (not_finite, "o_proj.lora_B.weight holds numbers that are not finite; train"),
+    ],
+)
+async def test_an_adapter_that_would_be_served_wrongly_is_refused_in_a_line_that_says_why(
+    serving: Serving,
+    reference: Any,
+    tmp_path: Path,
+    change: Callable[[dict[str, Any], Tensors], None],
+    why: str,
+) -> None:
+    folder = make_adapter(reference, tmp_path / "bad", 3)
+    weights, path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    config, tensors = json.loads(path.read_text()), load_file(weights)
+    change(config, tensors)
+    path.write_text(json.dumps(config))
+    save_file(tensors, weights)
+    shelf = AdapterShelf(serving.runtime, serving.lane)
+    with pytest.raises(UsageError, match=f"adapter 'misfit' cannot be served: .*{why}") as refusal:
+        await shelf.put("misfit", folder)
+    assert (refusal.value.status, refusal.value.code) == (400, "invalid_adapter")
+    assert shelf.versions == ()
+
+
+@pytest.mark.parametrize("fault", ["corrupt", "missing", "config", "list"])
+async def test_files_that_cannot_be_read_are_refused_by_name_and_serving_goes_on(
+    serving: Serving, reference: Any, tmp_path: Path, fault: str
+) -> None:
+    folder = make_adapter(reference, tmp_path / "bad", 3)
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if fault == "corrupt":
+        weights.write_bytes(weights.read_bytes()[:200])
+    elif fault == "missing":
+        weights.unlink()
+    else:
+        config.write_text("{ not json" if fault == "config" else "[1]")
+    shelf = AdapterShelf(serving.runtime, serving.lane)
+    with pytest.raises(UsageError, match="misfit"):
+        await shelf.put("misfit", folder)
+    assert shelf.versions == ()
+    ids = prompt(501, 12)
+    served = await asyncio.to_thread(answer, serving, f"after-{fault}", ids, 5)
+    assert served == greedy(reference, ids, 5)

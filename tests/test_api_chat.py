@@ -190,7 +190,10 @@ async def test_a_tier_that_is_not_known_is_refused(http: aiohttp.ClientSession) 
         ({"seed": 2**64}, "seed"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stop": [""]}, "stop.0"),
+        ({"stop": "x" * 1001}, "stop"),
+        ({"stop": ["a", "x" * 1001]}, "stop"),
         ({"messages": []}, "messages"),
+        ({"messages": [1] * 2001}, "messages"),  # they are not looked at
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
@@ -225,6 +228,19 @@ async def test_an_unknown_field_gets_the_nearest_name(http: aiohttp.ClientSessio
     assert error["code"] == "unknown_parameter"
     assert error["param"] == "temprature"
     assert "did you mean 'temperature'?" in str(error["message"])
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+async def test_a_body_that_does_not_decompress_is_not_to_be_sent_again(
+    http: aiohttp.ClientSession, encoding: str
+) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    for _ in range(2):  # the first leaves no broken connection behind
+        async with http.post(
+            "/v1/chat/completions", data=b"{} is not compressed", headers=headers
+        ) as response:
+            assert response.status == 400
+            assert (await response.json())["error"]["code"] == "invalid_body"
 
 
 @pytest.mark.parametrize(

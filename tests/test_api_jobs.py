@@ -110,10 +110,17 @@ async def test_form_faults_are_named(http: aiohttp.ClientSession, port: FakeAppl
     async with http.post("/v1/files", json={"file": "x"}) as response:
         assert (await response.json())["error"]["code"] == "invalid_content_type"
     headers = {"Content-Type": "multipart/form-data; boundary=X"}
-    for body in (b"not a form", b"--X\r\nContent-Disposition: form-data; name=file\r\n\r\nabc"):
+    part = b"--X\r\nContent-Disposition: form-data; name=file\r\n"
+    for body in (
+        b"not a form",
+        part + b"\r\nabc",
+        part + b"no header\r\n\r\nabc\r\n--X--\r\n",
+        part + b"X-Long: " + b"x" * 10_000 + b"\r\n\r\nabc\r\n--X--\r\n",
+        part + b"X-More: x\r\n" * 500 + b"\r\nabc\r\n--X--\r\n",
+    ):
         async with http.post("/v1/files", data=body, headers=headers) as response:
             assert response.status == 400, await response.text()
-            assert "error" in await response.json()
+            assert (await response.json())["error"]["code"] == "invalid_multipart"
     assert port.stored == {}
     assert leftovers(port) == []
 

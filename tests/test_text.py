@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, normalizers
 
 from harli_appliance.errors import UsageError
 from harli_appliance.runtime.text import TextCodec
@@ -48,6 +49,28 @@ def test_stop_strings_are_held_back(codec: TextCodec, text: str, stop: tuple[str
         emitted += decoder.push([token])
         assert wanted.startswith(emitted) or emitted == wanted
     assert emitted + decoder.finish() == wanted
+
+
+def test_what_cannot_fit_is_refused_without_encoding_it(
+    codec: TextCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count(text: str) -> int:
+        return len(codec.encode_chat([{"role": "user", "content": text}], most_tokens=100))
+
+    # The longest token is "<|assistant|>": the text may well be of no other.
+    assert count("<|assistant|>" * 98) == 101
+    with pytest.raises(UsageError, match=r"1\d{3} characters .* context of 100 tokens") as refusal:
+        count("<|assistant|>" * 110)
+    assert (refusal.value.code, refusal.value.param) == ("context_length_exceeded", "messages")
+    monkeypatch.setattr(type(codec._tokenizer), "encode", lambda *_, **__: pytest.fail("it was encoded"))
+    with pytest.raises(UsageError):
+        count("word " * 100_000)
+
+
+def test_characters_that_the_tokenizer_drops_do_not_count(tiny_model: Path) -> None:
+    codec = TextCodec(tiny_model)
+    codec._tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(" +"), " ")
+    assert len(codec.encode_chat([{"role": "user", "content": "a" + " " * 5000}], most_tokens=20)) < 20
 
 
 def test_a_model_without_a_chat_template_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,10 @@ from harli_appliance.api.ports import ChatCall
 from harli_appliance.api.response_format import ResponseFormat
 from harli_appliance.schema import SloClass
 
+MAX_MESSAGES = 2000
 MAX_STOPS = 4
+MAX_STOP_LENGTH = 1000
+"""Characters of a stop string: the runtime tokenizes it between two steps, and looks for it in every answer."""
 MAX_STOP_TOKENS = 64
 MAX_CHOICES = 8
 MAX_TOP_LOGPROBS = 20
@@ -136,10 +139,26 @@ class ChatRequest(Body):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
 
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _countable(cls, messages: object) -> object:
+        # Before anything looks at each of them: a body may hold hundreds of thousands.
+        if isinstance(messages, list) and len(messages) > MAX_MESSAGES:
+            raise ValueError(f"there are {len(messages)}; send {MAX_MESSAGES} at most")
+        return messages
+
     @field_validator("stop", mode="before")
     @classmethod
     def _one_stop(cls, stop: object) -> object:
         return [stop] if isinstance(stop, str) else stop
+
+    @field_validator("stop")
+    @classmethod
+    def _short_stops(cls, stops: list[str] | None) -> list[str] | None:
+        for stop in stops or ():
+            if len(stop) > MAX_STOP_LENGTH:
+                raise ValueError(f"a string has {len(stop)} characters; use {MAX_STOP_LENGTH} at most")
+        return stops
 
     @field_validator("top_k")
     @classmethod

@@ -23,6 +23,7 @@ from harli_appliance.errors import (
     HarliError,
     NotReady,
     Overloaded,
+    UsageError,
 )
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -42,6 +43,14 @@ async def errors_middleware(request: web.Request, handler: Handler) -> web.Strea
         return error_response(error)
     except web.HTTPException as refusal:
         return _refusal_response(request, refusal)
+    except web.RequestPayloadError:
+        response = error_response(
+            UsageError(
+                "the body is broken; send it whole and encoded as its headers say", code="invalid_body"
+            )
+        )
+        response.force_close()  # nobody knows where the next request begins
+        return response
     except ConnectionResetError:
         raise  # the client left: there is nobody to tell
     except Exception:

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, BinaryIO, Literal, cast
 
 from aiohttp import BodyPartReader, web
+from aiohttp.http import HttpProcessingError
 from pydantic import Field
 
 from harli_appliance.api.bodies import Query, read_query
@@ -92,6 +93,8 @@ class FileRoutes:
                     )
         except HarliError:
             raise
+        except HttpProcessingError as error:  # of a part's headers
+            raise UsageError(f"the form is malformed: {error.message}", code="invalid_multipart") from error
         except (ValueError, RuntimeError, EOFError) as error:
             raise UsageError(f"the form is malformed: {error}", code="invalid_multipart") from error
         if filename is None:

@@ -88,13 +88,14 @@ class Engine:
         self.telemetry = Telemetry()
         self.on_ended: Callable[[NewTokens, RequestTiming], None] | None = None
         """Called once for every request, however it ended."""
+        self.max_queued = max_queued
+        """Requests that may wait for their first step."""
         self._runtime = runtime
         self._pool = pool
         self._scheduler = scheduler
         self._trainer, self._units = trainer, trainer.units
         self._inference = inference
         self._training = training
-        self._max_queued = max_queued
         self._arrange = arrange
         self._work = asyncio.Event()
         self._streams: dict[str, TokenStream] = {}
@@ -121,7 +122,7 @@ class Engine:
         """
         self._runtime.check(submission)
         waiting = self._depth.waiting + len(self._submissions)
-        if waiting >= self._max_queued:
+        if waiting >= self.max_queued:
             raise Overloaded(f"{waiting} requests are waiting already; try again later")
         stream = TokenStream(submission.id, self._abort)
         self._streams[submission.id] = stream

@@ -66,10 +66,11 @@ NAMES = {
         "MergedColumnParallelLinearWithLoRA.forward QKVParallelLinearWithLoRA.forward "
         "RowParallelLinearWithLoRA.forward torch"
     ),
+    "sglang.srt.lora.lora_registry": "LoRARef.lora_id LoRARef.lora_name LoRARef.lora_path LoRARef.pinned",
     "sglang.srt.lora.utils": "generate_sequence_lengths",
     "sglang.srt.managers.io_struct": (
         "AbortReq.rid AbortReq.finished_reason TokenizedGenerateReqInput.lora_id "
-        "LoadLoRAAdapterReqInput.lora_id UnloadLoRAAdapterReqInput.lora_id"
+        "UnloadLoRAAdapterReqInput.lora_id"
     ),
     "sglang.srt.managers.schedule_batch": (
         "FINISH_ABORT.message FINISH_LENGTH Req.finished Req.finished_reason "
@@ -79,12 +80,12 @@ NAMES = {
         "ReqLogprob.output_top_logprobs_val ReqLogprob.output_top_logprobs_idx "
         "ReqLogprob.top_logprobs_num ScheduleBatch.filter_batch ScheduleBatch.batch_is_full "
         "ScheduleBatch.reqs ScheduleBatch.seq_lens_cpu ScheduleBatch.extend_num_tokens "
-        "ScheduleBatch.forward_mode"
+        "ScheduleBatch.forward_mode ScheduleBatch.sampling_info"
     ),
     "sglang.srt.managers.scheduler": (
         "Scheduler.get_next_batch_to_run Scheduler.run_batch Scheduler.process_batch_result "
         "Scheduler.process_input_requests Scheduler.abort_request Scheduler.collect_inflight_reqs "
-        "Scheduler.on_idle Scheduler.load_lora_adapter Scheduler.unload_lora_adapter "
+        "Scheduler.on_idle Scheduler.unload_lora_adapter "
         "Scheduler.get_output_streamer_class Scheduler._should_defer_prefill "
         "Scheduler.waiting_queue Scheduler.running_batch Scheduler.last_batch Scheduler.chunked_req "
         "Scheduler.cur_batch_for_debug "
@@ -129,7 +130,7 @@ NAMES = {
     "sglang.srt.model_executor.model_runner": (
         "ModelRunner.model ModelRunner.sampler ModelRunner.attn_backend "
         "ModelRunner.decode_cuda_graph_runner ModelRunner.decode_attn_backend_group "
-        "ModelRunner.kv_index_translator"
+        "ModelRunner.kv_index_translator ModelRunner.load_lora_adapter_from_tensors"
     ),
     "sglang.srt.model_executor.model_runner_components.attention_backend_setup": (
         "build_attention_backends AttentionBackends.attn_backend"
@@ -145,8 +146,23 @@ NAMES = {
     ),
     "sglang.srt.multiplex.pdmux_context": "STREAM_GROUPS set_current_stream_idx",
     "sglang.srt.runtime_context": "SpawnRanks get_server_args publish spawn_world_rank",
+    "sglang.srt.sampling.penaltylib.frequency_penalty": (
+        "BatchedFrequencyPenalizer.frequency_penalties BatchedFrequencyPenalizer.cumulated_frequency_penalties"
+    ),
+    "sglang.srt.sampling.penaltylib.min_new_tokens": "BatchedMinNewTokensPenalizer.len_output_tokens",
+    "sglang.srt.sampling.penaltylib.orchestrator": (
+        "BatchedPenalizerOrchestrator.penalizers BatchedPenalizerOrchestrator.device"
+    ),
+    "sglang.srt.sampling.penaltylib.presence_penalty": (
+        "BatchedPresencePenalizer.presence_penalties BatchedPresencePenalizer.cumulated_presence_penalties"
+    ),
+    "sglang.srt.sampling.penaltylib.repetition_penalty": (
+        "BatchedRepetitionPenalizer.repetition_penalties "
+        "BatchedRepetitionPenalizer.cumulated_repetition_penalties BatchedRepetitionPenalizer.is_prepared"
+    ),
     "sglang.srt.sampling.sampling_batch_info": (
-        "SamplingBatchInfo.top_ks SamplingBatchInfo.top_ps SamplingBatchInfo.min_ps"
+        "SamplingBatchInfo.top_ks SamplingBatchInfo.top_ps SamplingBatchInfo.min_ps "
+        "SamplingBatchInfo.penalizer_orchestrator"
     ),
     "sglang.srt.sampling.sampling_params": "SamplingParams.normalize SamplingParams.sampling_seed",
     "sglang.srt.server_args": "PortArgs.init_new ServerArgs.resolve_once",

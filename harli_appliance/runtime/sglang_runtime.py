@@ -23,7 +23,7 @@ import torch
 
 from harli_appliance.errors import UsageError
 from harli_appliance.runtime import cpu_stand_ins
-from harli_appliance.runtime.adapter_files import check_adapter
+from harli_appliance.runtime.adapter_files import read_adapter
 from harli_appliance.runtime.arguments import RuntimeOptions, server_arguments
 from harli_appliance.runtime.protocol import (
     FinishReason,
@@ -44,9 +44,9 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
 
 from sglang.srt.entrypoints.engine import _set_envs_and_config  # noqa: E402
 from sglang.srt.environ import envs  # noqa: E402
+from sglang.srt.lora.lora_registry import LoRARef  # noqa: E402
 from sglang.srt.managers.io_struct import (  # noqa: E402
     AbortReq,
-    LoadLoRAAdapterReqInput,
     TokenizedGenerateReqInput,
     UnloadLoRAAdapterReqInput,
 )
@@ -58,6 +58,7 @@ from sglang.srt.runtime_context import SpawnRanks, publish, spawn_world_rank  # 
 from sglang.srt.server_args import PortArgs, ServerArgs  # noqa: E402
 
 from harli_appliance.runtime import sampler  # noqa: E402, F401  registers the sampling backend
+from harli_appliance.runtime.penalties import count_answers  # noqa: E402
 from harli_appliance.runtime.sampling import check, logprobs_of, sampling_params  # noqa: E402
 
 GRAMMAR_WAIT_S = 0.0005
@@ -294,9 +295,12 @@ class SglangRuntime:
             following = scheduler.get_next_batch_to_run(
                 running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
             )
+            batch = following.batch_to_run
+            if batch is not None and batch.forward_mode.is_extend():
+                count_answers(batch)
         scheduler.running_batch = following.running_batch
-        scheduler.cur_batch_for_debug = following.batch_to_run
-        return following.batch_to_run
+        scheduler.cur_batch_for_debug = batch
+        return batch
 
     def execute(self, plan: StepPlan) -> StepOutcome:
         """Run the planned batch and collect its tokens."""
@@ -366,11 +370,11 @@ class SglangRuntime:
                 f"adapter {name!r} cannot be served: the model runs without LoRA", param="lora_path"
             )
         config = self._scheduler.model_config.hf_text_config
-        check_adapter(name, Path(path), config, self._options.max_lora_rank)
+        described, tensors = read_adapter(name, Path(path), config, self._options.max_lora_rank)
         # SGLang wants names to be unique among what is loaded, and several versions may have this one.
-        result = self._scheduler.load_lora_adapter(
-            LoadLoRAAdapterReqInput(lora_name=adapter_id, lora_path=path, lora_id=adapter_id)
-        )
+        reference = LoRARef(lora_id=adapter_id, lora_name=adapter_id, lora_path=path, pinned=False)
+        model_runner = self._scheduler.tp_worker.model_runner
+        result = model_runner.load_lora_adapter_from_tensors(reference, tensors, described)
         if not result.success:
             raise UsageError(
                 f"adapter {name!r} cannot be served: {result.error_message}",

@@ -32,15 +32,20 @@ class TextCodec:
             )
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        generation_prompt: bool = True,
+        most_tokens: int | None = None,
     ) -> list[int]:
         """Token ids of a conversation in the model's chat format.
 
         Args:
             generation_prompt: whether the opening of an assistant turn is appended.
+            most_tokens: what is sure to have more is refused, without taking the seconds to count them.
 
         Raises:
-            UsageError: the template refuses the conversation (roles in an order it does not know, say).
+            UsageError: it has, or the template refuses the conversation (roles in an order it does not know, say).
         """
         try:
             text = self._tokenizer.apply_chat_template(
@@ -52,8 +57,29 @@ class TextCodec:
             raise UsageError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
+        if most_tokens is not None and self._least_tokens(text, most_tokens) > most_tokens:
+            raise UsageError(
+                f"{len(text)} characters of the messages exceed the context of {most_tokens} tokens; shorten them",
+                code="context_length_exceeded",
+                param="messages",
+            )
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
+
+    def _least_tokens(self, text: str, enough: int) -> int:
+        """A lower bound of a text's tokens, in a hundredth of the time of encoding it."""
+        least = len(text) // self._longest_token
+        normalizer = self._tokenizer.backend_tokenizer.normalizer
+        if least > enough and normalizer is not None:
+            least = (
+                len(normalizer.normalize_str(text)) // self._longest_token
+            )  # composed accents, say, are fewer
+        return least
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """No token stands for more characters; where tokens are written byte by byte, it is their bytes."""
+        return max(map(len, self._tokenizer.get_vocab()))
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text as the model reads it, with its end where the model has a token for that."""
