@@ -118,7 +118,7 @@ def find(folder: Path) -> dict[str, Any]:
     errors = train(backbone, adapter, slots)
     adapter.save(folder / "adapter")
     adapter.detach()
-    runtime.load_adapter("tuned", "tuned", str(folder / "adapter"))
+    runtime.load_adapter("tuned", runtime.read_adapter("tuned", str(folder / "adapter")))
     asked = {f"tuned-{n}": (tokens, "tuned") for n, tokens in zip(PROMPTS, prompts.values(), strict=True)}
     again = {f"again-{n}": (tokens, None) for n, tokens in zip(PROMPTS, prompts.values(), strict=True)}
     mixed = serve(runtime, {**asked, **again}, 12)

@@ -31,7 +31,7 @@ def main() -> None:
     folders = {name: folder / name for name in ADAPTERS}
     for seed, (name, path) in enumerate(folders.items()):
         save_random_adapter(reference, path, seed)
-        runtime.load_adapter(name, name, str(path))
+        runtime.load_adapter(name, runtime.read_adapter(name, str(path)))
     bench = Bench(runtime, SglangSlots(runtime), Judge(reference, folders), CHUNK)
     print(json.dumps(check_mixes(bench, count)))
 

@@ -31,9 +31,12 @@ class NotingRuntime:
     def __init__(self) -> None:
         self.loaded: list[str] = []
 
-    def load_adapter(self, adapter_id: str, name: str, path: str) -> None:
+    def read_adapter(self, name: str, path: str) -> str:
         if path.endswith("corrupt"):
             raise UsageError("adapter cannot be served: corrupt")
+        return path
+
+    def load_adapter(self, adapter_id: str, files: str) -> None:
         self.loaded.append(adapter_id)
 
     def unload_adapter(self, adapter_id: str, name: str) -> None:
@@ -102,10 +105,10 @@ async def test_what_is_loaded_has_a_name_although_nobody_waits_for_it_any_more(l
     loading, go_on = threading.Event(), threading.Event()
 
     class SlowRuntime(NotingRuntime):
-        def load_adapter(self, adapter_id: str, name: str, path: str) -> None:
+        def load_adapter(self, adapter_id: str, files: str) -> None:
             loading.set()
             assert go_on.wait(10)
-            super().load_adapter(adapter_id, name, path)
+            super().load_adapter(adapter_id, files)
 
     runtime = SlowRuntime()
     shelf = AdapterShelf(runtime, lane)  # type: ignore[arg-type]

@@ -227,7 +227,8 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
             await lane.run(run.save_adapter, folder)
             if serve:
                 name = f"{job.id}-{tmp_path.name}"
-                await serving.lane.run(serving.runtime.load_adapter, name, name, str(folder))
+                files = serving.runtime.read_adapter(name, str(folder))
+                await serving.lane.run(serving.runtime.load_adapter, name, files)
             queue.end(job.id, "succeeded")
 
         trainer = Trainer(

@@ -90,7 +90,10 @@ async def test_what_was_learned_is_kept_although_it_cannot_be_served(
     lane,
 ):
     class Full:
-        def load_adapter(self, adapter_id: str, name: str, path: str) -> None:
+        def read_adapter(self, name: str, path: str) -> str:
+            return path
+
+        def load_adapter(self, adapter_id: str, files: str) -> None:
             raise UsageError("there is no place for another adapter")
 
     def save_adapter(folder: Path) -> None:

@@ -40,7 +40,8 @@ def adapters(reference: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 @pytest.fixture(scope="module")
 def bench(serving: Serving, reference: Any, adapters: dict[str, Path]) -> Iterator[Bench]:
     for name, folder in adapters.items():
-        serving.lane.submit(serving.runtime.load_adapter, name, name, str(folder)).result()
+        files = serving.runtime.read_adapter(name, str(folder))
+        serving.lane.submit(serving.runtime.load_adapter, name, files).result()
     yield Bench(serving.runtime, serving.slots, Judge(reference, adapters), chunk=64)
     for name in adapters:
         serving.lane.submit(serving.runtime.unload_adapter, name, name).result()

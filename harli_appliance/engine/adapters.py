@@ -64,7 +64,8 @@ class AdapterShelf:
     async def _put(self, name: str, folder: Path, job: str | None) -> Version:
         async with self._changing:
             version = Version(name, f"{name}#{uuid.uuid4().hex[:8]}", folder, job)
-            await self._lane.run(self._runtime.load_adapter, version.adapter_id, name, str(folder))
+            files = await asyncio.to_thread(self._runtime.read_adapter, name, str(folder))
+            await self._lane.run(self._runtime.load_adapter, version.adapter_id, files)
             before = self._current.get(name)
             self._current[name] = version
             if before is not None:

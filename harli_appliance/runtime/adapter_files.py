@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,21 @@ _UNEQUAL_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin, of PEFT, that change the base model's weights too."""
 
 
-def read_adapter(
-    name: str, folder: Path, config: Any, max_rank: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's description of an adapter, and its tensors by PEFT's names.
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """An adapter as it was read: PEFT's description of it, and its tensors by PEFT's names.
 
     The fused projections that it leaves alone have tensors of zeros, which change nothing.
+    """
 
+    name: str
+    folder: Path
+    described: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def read_adapter(name: str, folder: Path, config: Any, max_rank: int) -> AdapterFiles:
+    """
     Args:
         config: the model's transformers configuration (of its text part).
 
@@ -51,7 +60,7 @@ def read_adapter(
         raise _refusal(name, f"{path} holds no tensors")
     sizes = _projections(config)
     completed: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):  # they come in any order; what is told first does not
         found = _NAME.fullmatch(key)
         if found is None or found[3] not in sizes or int(found[2]) >= config.num_hidden_layers:
             raise _refusal(name, f"tensor {key} belongs to no projection of this model that can be adapted")
@@ -74,7 +83,7 @@ def read_adapter(
             zeros = tensor.new_zeros(_shape(sizes[member], matrix, rank))
             completed.setdefault(f"{before}{member}.lora_{matrix}.weight", zeros)
         completed[key] = tensor
-    return {**described, "target_modules": list(sizes)}, completed
+    return AdapterFiles(name, folder, {**described, "target_modules": list(sizes)}, completed)
 
 
 def _described(name: str, folder: Path, max_rank: int) -> dict[str, Any]:

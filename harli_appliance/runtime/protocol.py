@@ -1,13 +1,13 @@
 """What the engine and a decode runtime say to each other. Plain data: no torch, no SGLang.
 
-Every method of a runtime is called on the thread of the inference lane, one at a time.
+Every method of a runtime but `read_adapter` is called on the thread of the inference lane, one at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -151,8 +151,16 @@ class Runtime(Protocol):
         ...
 
     def depth(self) -> QueueDepth: ...
-    def load_adapter(self, adapter_id: str, name: str, path: str) -> None:
-        """Raises `UsageError` when the adapter's files, rank or targets do not fit."""
+    def read_adapter(self, name: str, path: str) -> Any:
+        """The files of an adapter, for `load_adapter`. On any thread.
+
+        Raises:
+            UsageError: its files, rank or targets do not fit; says why of `name`.
+        """
+        ...
+
+    def load_adapter(self, adapter_id: str, files: Any) -> None:
+        """Raises `UsageError` when SGLang refuses it."""
         ...
 
     def unload_adapter(self, adapter_id: str, name: str) -> None: ...

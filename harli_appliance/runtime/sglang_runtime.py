@@ -23,7 +23,7 @@ import torch
 
 from harli_appliance.errors import UsageError
 from harli_appliance.runtime import cpu_stand_ins
-from harli_appliance.runtime.adapter_files import read_adapter
+from harli_appliance.runtime.adapter_files import AdapterFiles, read_adapter
 from harli_appliance.runtime.arguments import RuntimeOptions, server_arguments
 from harli_appliance.runtime.protocol import (
     FinishReason,
@@ -364,20 +364,26 @@ class SglangRuntime:
 
     # -- adapters ------------------------------------------------------------------------------------
 
-    def load_adapter(self, adapter_id: str, name: str, path: str) -> None:
+    def read_adapter(self, name: str, path: str) -> AdapterFiles:
         if not self._options.lora:
             raise UsageError(
                 f"adapter {name!r} cannot be served: the model runs without LoRA", param="lora_path"
             )
         config = self._scheduler.model_config.hf_text_config
-        described, tensors = read_adapter(name, Path(path), config, self._options.max_lora_rank)
+        return read_adapter(name, Path(path), config, self._options.max_lora_rank)
+
+    def load_adapter(self, adapter_id: str, files: AdapterFiles) -> None:
         # SGLang wants names to be unique among what is loaded, and several versions may have this one.
-        reference = LoRARef(lora_id=adapter_id, lora_name=adapter_id, lora_path=path, pinned=False)
+        reference = LoRARef(
+            lora_id=adapter_id, lora_name=adapter_id, lora_path=str(files.folder), pinned=False
+        )
         model_runner = self._scheduler.tp_worker.model_runner
-        result = model_runner.load_lora_adapter_from_tensors(reference, tensors, described)
+        result = model_runner.load_lora_adapter_from_tensors(
+            reference, dict(files.tensors), dict(files.described)
+        )
         if not result.success:
             raise UsageError(
-                f"adapter {name!r} cannot be served: {result.error_message}",
+                f"adapter {files.name!r} cannot be served: {result.error_message}",
                 code="invalid_adapter",
                 param="lora_path",
             )
