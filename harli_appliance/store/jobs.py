@@ -70,7 +70,7 @@ def overview(db: Database, limit: int) -> list[Job]:
     """What matters now: running jobs, queued ones in their order, paused ones, then what ended last."""
     order = (
         "CASE status WHEN 'running' THEN 0 WHEN 'queued' THEN 1 WHEN 'paused' THEN 2 ELSE 3 END, "
-        "finished_at DESC, priority DESC, created_at, seq"
+        "finished_at DESC, priority DESC, seq"
     )
     return [_job(row) for row in db.table("jobs").rows_where(order_by=order, limit=limit)]
 
