@@ -530,7 +530,7 @@ class Appliance:
             model=self._name,
             device=self._device,
             partition=partition_view(self._partition, self._cuda),
-            jobs=job_views(jobs, self._trainer),
+            jobs=job_views(jobs, self._trainer, self._name),
             models=self.models(),
             hardware=hardware_view(self._monitor.latest),
             **engine_views(self._engine, self._scheduler, self._trainer),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from harli_appliance.config import Settings
 from harli_appliance.store.database import Database
@@ -165,3 +169,32 @@ async def test_nothing_told_is_lost_and_nothing_is_half_there_after_kills(settin
     for file_id in files:
         assert (await queue.file_path(file_id)).read_bytes() == GOOD
     await database.close()
+
+
+async def test_jobs_and_adapters_of_another_model_wait_for_it(queue, database, settings, spec):
+    done, running, waiting, paused = [(await queue.create_job(spec)).id for _ in range(4)]
+    await queue.next_job()
+    await queue.succeed(done, settings.adapters / done, 8)
+    await queue.next_job()
+    await queue.pause_job(paused)
+    for _ in range(2):
+        other = JobQueue(database, settings, model="other")
+        await other.recover()
+    assert await other.next_job() is None
+    assert await other.adapters() == []
+    told = "Waits for its model: tiny; other is served now"
+    for job_id, status in ((running, "queued"), (waiting, "queued"), (paused, "paused")):
+        assert (await other.job(job_id)).status == status
+        assert (await messages(other, job_id)).count(told) == 1
+    assert told not in await messages(other, done)
+    await other.resume_job(paused)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(other.wait_for_job(), 0.05)
+    own = await other.create_job(replace(spec, model="other"))
+    assert (await other.next_job()).id == own.id
+    assert await other.next_job() is None
+
+    again = JobQueue(database, settings, model="tiny")
+    await again.recover()
+    assert [(await again.next_job()).id for _ in range(3)] == [running, waiting, paused]
+    assert [adapter.job_id for adapter in await again.adapters()] == [done]

@@ -1,4 +1,4 @@
-"""The store on a disk that is full and with files that are damaged: one line that says what to do, nothing lost."""
+"""The store on a full disk and with damaged files: one line that says what to do, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def test_a_damaged_page_is_said_in_one_line(tmp_path: Path) -> None:
         file.seek((root - 1) * 4096)
         file.write(b"\xa5" * 4096)
     database = await Database.open(path)
-    with pytest.raises(ApplianceUnavailable, match="is damaged: .*malformed; restore a copy") as error:
+    with pytest.raises(ApplianceUnavailable, match=r"is damaged: .*malformed; restore a copy") as error:
         await database.run(lambda db: db.execute("SELECT * FROM rows").fetchall())
     assert error.value.code == "database_damaged"
     await database.close()

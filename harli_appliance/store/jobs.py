@@ -77,15 +77,17 @@ def overview(db: Database, limit: int) -> list[Job]:
 
 def jobs_in(db: Database, status: JobStatus) -> list[Job]:
     """Jobs of one state, the longest waiting first."""
-    return [
-        _job(row) for row in db.table("jobs").rows_where("status = ?", [status], order_by="created_at, seq")
-    ]
+    return [_job(row) for row in db.table("jobs").rows_where("status = ?", [status], order_by="seq")]
 
 
-def next_queued(db: Database) -> Job | None:
-    """The one of the highest priority, among equals the oldest."""
+def next_queued(db: Database, model: str) -> Job | None:
+    """The one of the highest priority that finetunes `model`, among equals the oldest."""
     rows = db.table("jobs").rows_where(
-        "status = 'queued'", order_by="priority DESC, created_at, seq", limit=1
+        # Not by `created_at`: a clock may be set back.
+        "status = 'queued' AND model = ?",
+        [model],
+        order_by="priority DESC, seq",
+        limit=1,
     )
     return next((_job(row) for row in rows), None)
 
