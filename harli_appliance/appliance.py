@@ -332,8 +332,8 @@ class Appliance:
         if not known and wanted != "never":
             await self._calibrate(on_calibration)
         await self._queue.recover()
-        kept = await self._queue.keeping_checkpoints()
-        await asyncio.to_thread(checkpoints.sweep, self._settings.checkpoints, kept)
+        ended = await self._queue.needing_no_checkpoints()
+        await asyncio.to_thread(checkpoints.sweep, self._settings.checkpoints, ended)
         for adapter in await self._queue.adapters():
             if adapter.download_only:
                 self._shelf.keep_off(adapter.name)

@@ -26,6 +26,12 @@ def test_the_newest_comes_back_and_old_ones_go(tmp_path: Path) -> None:
     assert torch.equal(state["a"], torch.full((3, 4), 30.0))
 
 
+def test_the_newest_is_that_of_the_highest_number(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        checkpoints.save(tmp_path, Progress(step, step, 0.5), tensors(1.0), keep=1)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-1000000"]
+
+
 @pytest.mark.parametrize("name", ["state.safetensors", "manifest.json"])
 @pytest.mark.parametrize("flip", [0x01, 0x20, 0x80])
 def test_any_flipped_byte_is_refused_and_the_one_before_is_used(tmp_path: Path, name: str, flip: int) -> None:
@@ -76,8 +82,8 @@ def test_none_is_none(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_ended_jobs_are_swept(tmp_path: Path) -> None:
-    for job in ("ftjob-ended", "ftjob-going"):
+    for job in ("ftjob-ended", "ftjob-going-or-unknown"):
         checkpoints.save(tmp_path / job, Progress(1, 2, 3.0), tensors(1.0), keep=1)
-    checkpoints.sweep(tmp_path, {"ftjob-going"})
-    assert [path.name for path in tmp_path.iterdir()] == ["ftjob-going"]
+    checkpoints.sweep(tmp_path, {"ftjob-ended", "ftjob-other"})
+    assert [path.name for path in tmp_path.iterdir()] == ["ftjob-going-or-unknown"]
     checkpoints.sweep(tmp_path / "nowhere", set())

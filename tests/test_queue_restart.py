@@ -9,12 +9,14 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from harli_appliance.config import Settings
+from harli_appliance.store import files as file_rows
 from harli_appliance.store.database import Database
 from harli_appliance.training.queue import JobQueue
 from tests.queue_rig import (  # noqa: F401  fixtures
@@ -62,21 +64,58 @@ async def test_a_restart_queues_what_ran_and_does_what_was_asked_of_it(queue, da
 
 
 async def test_checkpoints_are_kept_for_what_may_go_on_and_for_what_failed(queue, settings, spec):
-    queued, paused, cancelled, failed, done = [(await queue.create_job(spec)).id for _ in range(5)]
+    _queued, paused, cancelled, failed, done = [(await queue.create_job(spec)).id for _ in range(5)]
     await queue.cancel_job(cancelled)
     await queue.set_priority(failed, 50)
     await queue.set_priority(done, 40)
     await queue.fail((await queue.next_job()).id, "x", "y")
     await queue.succeed((await queue.next_job()).id, settings.adapters / "a", 8)
     await queue.pause_job(paused)
-    assert await queue.keeping_checkpoints() == {queued, paused, failed}
+    assert await queue.needing_no_checkpoints() == {cancelled, done}
 
 
-async def test_a_restart_sweeps_what_has_no_row_and_nothing_else(queue, database, settings, spec):
-    (settings.files / "file-orphan.jsonl").write_bytes(GOOD)
+async def test_a_restart_sweeps_unfinished_uploads_and_nothing_else(queue, database, settings, spec):
+    """Files without a row may be all that is left of what a person had, if the database is a new one."""
+    (settings.files / "file-unknown.jsonl").write_bytes(GOOD)
     (settings.files / ".file-half.incoming").write_bytes(GOOD)
     await JobQueue(database, settings, model="tiny").recover()
-    assert kept(settings) == [f"{spec.training_file}.jsonl"]
+    assert kept(settings) == sorted([f"{spec.training_file}.jsonl", "file-unknown.jsonl"])
+
+
+async def test_an_upload_that_was_killed_after_its_row_was_written_is_whole(queue, database, settings, spec):
+    path = await queue.file_path(spec.training_file)
+    path.rename(settings.files / f".{spec.training_file}.incoming")
+    again = JobQueue(database, settings, model="tiny")
+    await again.recover()
+    assert (await again.file_path(spec.training_file)).read_bytes() == GOOD
+
+
+@pytest.mark.parametrize("before", ["bring_in", "insert_file", "reveal"])
+async def test_an_upload_that_ends_while_the_appliance_starts_is_kept(
+    database, settings, upload, monkeypatch, before
+):
+    """The sweep knows the rows of a moment ago, at whatever point an upload is."""
+    queue = JobQueue(database, settings, model="tiny")
+    swept = queue._uploads.sweep
+    begun, gone_on = threading.Event(), threading.Event()
+
+    def held(step):
+        def run(*args, **named):
+            begun.set()
+            assert gone_on.wait(10)
+            return step(*args, **named)
+
+        return run
+
+    whose = file_rows if before == "insert_file" else queue._uploads
+    monkeypatch.setattr(whose, before, held(getattr(whose, before)))
+    uploading = asyncio.create_task(queue.create_file(upload(), "a.jsonl", "fine-tune"))
+    await asyncio.to_thread(begun.wait, 10)
+    assert swept([]) == []
+    gone_on.set()
+    file = await uploading
+    assert swept([]) == []
+    assert (await queue.file_path(file.id)).read_bytes() == GOOD
 
 
 WRITER = """

@@ -60,9 +60,9 @@ def list_jobs(db: Database, limit: int, after: str | None) -> tuple[list[Job], b
     return [_job(row) for row in rows], more
 
 
-def keeping_checkpoints(db: Database) -> set[str]:
-    """Ids of the jobs whose checkpoints are of use: those that may go on, and failed ones."""
-    rows = db.table("jobs").rows_where("status NOT IN ('succeeded', 'cancelled')", select="id")
+def needing_no_checkpoints(db: Database) -> set[str]:
+    """Ids of the jobs that neither go on nor failed."""
+    rows = db.table("jobs").rows_where("status IN ('succeeded', 'cancelled')", select="id")
     return {row["id"] for row in rows}
 
 

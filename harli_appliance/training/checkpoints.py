@@ -102,10 +102,10 @@ def remove(home: Path, step: int) -> None:
     shutil.rmtree(_folder(home, step), ignore_errors=True)
 
 
-def sweep(root: Path, kept: Container[str]) -> None:
-    """Remove the checkpoints in `root` of every job that is not among `kept`."""
+def sweep(root: Path, ended: Container[str]) -> None:
+    """Remove the checkpoints in `root` of the jobs `ended`; those of jobs that nobody knows stay."""
     for home in root.glob("*"):
-        if home.name not in kept:
+        if home.name in ended:
             discard(home)
 
 
@@ -118,8 +118,8 @@ def _folder(home: Path, step: int) -> Path:
 
 
 def _folders(home: Path) -> list[Path]:
-    """Newest first."""
-    return sorted(home.glob("step-*"), reverse=True)
+    """Newest first, by number: from step 1,000,000 on names are longer."""
+    return sorted(home.glob("step-*"), key=lambda folder: (len(folder.name), folder.name), reverse=True)
 
 
 def _sealed(manifest: bytes) -> bytes:

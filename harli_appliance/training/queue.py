@@ -387,9 +387,9 @@ class JobQueue(FileLibrary, FineTuning):
         self._queued.set()
         return job
 
-    async def keeping_checkpoints(self) -> set[str]:
-        """Ids of the jobs whose checkpoints may still be of use."""
-        return await self._database.run(job_rows.keeping_checkpoints)
+    async def needing_no_checkpoints(self) -> set[str]:
+        """Ids of the jobs whose checkpoints are of no use any more."""
+        return await self._database.run(job_rows.needing_no_checkpoints)
 
     async def adapters(self) -> list[Adapter]:
         """Every finished adapter of the served model, the oldest first."""
