@@ -381,14 +381,14 @@ class Appliance:
     async def _save_predictor_forever(self) -> None:
         while True:
             await asyncio.sleep(SAVE_PREDICTOR_EVERY_S)
-            try:
-                await self._save_predictor()
-            except ApplianceUnavailable as error:
-                log.warning("what was learned of steps is not saved yet", why=error.message)
+            await self._save_predictor()
 
     async def _save_predictor(self) -> None:
         state = self._scheduler.predictor.state()
-        await self._database.run(lambda db: save_predictor(db, *self._predictor_key, state))
+        try:
+            await self._database.run(lambda db: save_predictor(db, *self._predictor_key, state))
+        except ApplianceUnavailable as error:
+            log.warning("what was learned of steps is not saved yet", why=error.message)
 
     async def close(self) -> None:
         """Stop ticking, keep what was learned, let go of the directory. Running jobs resume at the next start."""
