@@ -115,6 +115,21 @@ async def test_a_job_that_waits_for_room_to_end_can_be_paused() -> None:
     assert queue.told == ["warn: the disk is full", "stopped"]
 
 
+async def test_a_pause_on_a_full_disk_is_warned_of_again() -> None:
+    device, queue = Device(), Telling()
+    run = fake_run(device)
+    steps_of(run, device, 3)
+
+    def write() -> None:
+        queue.asking = "pause"
+        full()
+
+    run.write = write
+    lane = DeviceLane("training", device, ahead=0)
+    await train(trainer_of(queue, SlotPool(Slots(), watermark=0.0), run, lane), queue, lane=lane)
+    assert queue.told == ["warn: the disk is full"] * 2 + ["stopped"]
+
+
 async def test_a_job_whose_file_cannot_be_read_waits_and_does_not_spin(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

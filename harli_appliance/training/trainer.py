@@ -242,7 +242,7 @@ class Trainer:
 
     async def _tell(self, job: Job, error: ApplianceUnavailable) -> None:
         """Why a job waits, where that can be written down."""
-        log.error("a job waits for the disk or the database", job=job.id, why=error.message)
+        log.error("the disk or the database refuses what a job needs", job=job.id, why=error.message)
         with contextlib.suppress(ApplianceUnavailable):
             await self._queue.event(job.id, "warn", error.message)
 
@@ -272,6 +272,7 @@ class Trainer:
         active = self._active[job.id]
         self.units.set_ready(False)
         if self._queue.asked(job.id) != "cancel":
+            active.refused = False  # told again: what the disk refuses now is lost
             await self._keep(active)
         await self._leave(job.id)
         if (await self._queue.stopped(job.id)).status == "cancelled":
