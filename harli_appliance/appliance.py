@@ -333,8 +333,8 @@ class Appliance:
         if not known and wanted != "never":
             await self._calibrate(on_calibration)
         await self._queue.recover()
-        kept = await self._queue.keeping_checkpoints()
-        await asyncio.to_thread(checkpoints.sweep, self._settings.checkpoints, kept)
+        ended = await self._queue.needing_no_checkpoints()
+        await asyncio.to_thread(checkpoints.sweep, self._settings.checkpoints, ended)
         for adapter in await self._queue.adapters():
             if adapter.download_only:
                 self._shelf.keep_off(adapter.name)
@@ -386,14 +386,14 @@ class Appliance:
     async def _save_predictor_forever(self) -> None:
         while True:
             await asyncio.sleep(SAVE_PREDICTOR_EVERY_S)
-            try:
-                await self._save_predictor()
-            except ApplianceUnavailable as error:
-                log.warning("what was learned of steps is not saved yet", why=error.message)
+            await self._save_predictor()
 
     async def _save_predictor(self) -> None:
         state = self._scheduler.predictor.state()
-        await self._database.run(lambda db: save_predictor(db, *self._predictor_key, state))
+        try:
+            await self._database.run(lambda db: save_predictor(db, *self._predictor_key, state))
+        except ApplianceUnavailable as error:
+            log.warning("what was learned of steps is not saved yet", why=error.message)
 
     async def close(self) -> None:
         """Stop ticking, keep what was learned, let go of the directory. Running jobs resume at the next start."""
@@ -547,7 +547,7 @@ class Appliance:
             model=self._name,
             device=self._device,
             partition=partition_view(self._partition, self._cuda),
-            jobs=job_views(jobs, self._trainer),
+            jobs=job_views(jobs, self._trainer, self._name),
             models=self.models(),
             hardware=hardware_view(self._monitor.latest),
             **engine_views(self._engine, self._scheduler, self._trainer),

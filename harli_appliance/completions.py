@@ -12,18 +12,22 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import structlog
+
 from harli_appliance.answers import Answer, sampling_of_choice
 from harli_appliance.api.ports import ChatCall, Generation
 from harli_appliance.background import Background
 from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.engine.engine import Engine
 from harli_appliance.engine.streams import TokenStream
-from harli_appliance.errors import HarliError, UsageError
+from harli_appliance.errors import ApplianceUnavailable, HarliError, UsageError
 from harli_appliance.runtime.grammar import check_json_schema
 from harli_appliance.runtime.protocol import NewTokens, Sampling, Submission
 from harli_appliance.runtime.text import TextCodec
 from harli_appliance.scheduling.slo import RequestTiming
 from harli_appliance.store.usage import RequestUsage, UsageLog
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,7 @@ class Completions:
         self._context_length = context_length
         self._asked: dict[str, _Asked] = {}
         self._writing = Background()
+        self._losing = False
         engine.on_ended = self._record
 
     async def begin(self, call: ChatCall, require_ready: Callable[[], None]) -> Generation:
@@ -156,4 +161,13 @@ class Completions:
             finish_reason=item.finish or "stop",
             created_at=int(time.time()),
         )
-        self._writing.begin(self._usage.add(usage))
+        self._writing.begin(self._keep(usage))
+
+    async def _keep(self, usage: RequestUsage) -> None:
+        try:
+            await self._usage.add(usage)
+            self._losing = False
+        except ApplianceUnavailable as error:
+            if not self._losing:  # once, not for every request
+                log.warning("the usage of requests is not recorded", why=error.message)
+            self._losing = True

@@ -72,7 +72,11 @@ class ModelSettings(Section):
         "smollm2-135m-instruct",
         description="A Hugging Face folder, or the name of a model that `harli models` lists.",
     )
-    served_name: str | None = Field(None, description="Name in the API; the folder's name when not set.")
+    served_name: str | None = Field(
+        None,
+        description="Name in the API; the folder's name when not set. Jobs and adapters belong to this name: "
+        "those of another one wait until it is served again.",
+    )
     context_length: int | None = Field(
         None,
         ge=16,

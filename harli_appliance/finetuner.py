@@ -20,7 +20,7 @@ from harli_appliance.config import Settings, Sizes
 from harli_appliance.device.cuda import CudaLanes
 from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.engine.lanes import Lane
-from harli_appliance.errors import ConfigError, HarliError, JobFailed
+from harli_appliance.errors import ApplianceUnavailable, ConfigError, HarliError, JobFailed
 from harli_appliance.memory.pool import Lease, SlotPool
 from harli_appliance.runtime.text import TextCodec
 from harli_appliance.scheduling.scheduler import Scheduler
@@ -97,7 +97,11 @@ class Finetuner:
         refuse_unfit(job, files, self._backbone, self._codec, self._buffers, self._pool.leasable)
 
     async def start_job(self, job: Job, data: Path, held_out: Path | None) -> JobRun:
-        """A job's run; its files are read and encoded first."""
+        """A job's run; its files are read and encoded first.
+
+        Raises:
+            ApplianceUnavailable: a file cannot be read now.
+        """
         examples = await self._encoded(data)
         kept_back = await self._encoded(held_out) if held_out is not None else []
         return await self._lane.run(
@@ -130,8 +134,13 @@ class Finetuner:
         def some() -> list[Encoded]:
             return [encode(example, self._codec) for example in islice(examples, ENCODED_AT_ONCE)]
 
-        while piece := await self._lane.run(some):
-            found += piece
+        try:
+            while piece := await self._lane.run(some):
+                found += piece
+        except OSError as error:  # the disk's fault, or too many open files; not the job's
+            raise ApplianceUnavailable(
+                f"{data} cannot be read: {error.strerror}; check its disk", code="storage_unavailable"
+            ) from error
         return found
 
     async def finish_job(self, job: Job, run: JobRun) -> None:

@@ -51,6 +51,11 @@ ENDED: frozenset[JobStatus] = frozenset({"succeeded", "failed", "cancelled"})
 """The states that a job never leaves."""
 
 
+def waits_for(status: JobStatus, model: str, served: str) -> str | None:
+    """The model of a job that has not ended, where another one is served: it waits for that."""
+    return None if status in ENDED or model == served else model
+
+
 SloClass = Literal["interactive", "standard", "batch"]
 """Who waits for the answer: a person who reads along, an application, nobody."""
 
@@ -186,6 +191,8 @@ class JobView(Wire):
     """Of a running job: its share of the device time that training had lately."""
     remaining_s: float | None = None
     """Of a running job: to its end, at the pace since it began or was resumed."""
+    waits_for: str | None = None
+    """Of a job that has not ended: its model, while another one is served."""
     suffix: str | None = None
     created_at: int
     error: str | None = None

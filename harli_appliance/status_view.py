@@ -27,6 +27,7 @@ from harli_appliance.schema import (
     SloClassView,
     SloView,
     TrainingView,
+    waits_for,
 )
 from harli_appliance.training.trainer import Trainer
 
@@ -111,7 +112,7 @@ def hardware_view(reading: Reading | None) -> HardwareView | None:
     return None if reading is None else HardwareView(**asdict(reading))
 
 
-def job_views(jobs: Sequence[Job], trainer: Trainer) -> list[JobView]:
+def job_views(jobs: Sequence[Job], trainer: Trainer, served: str) -> list[JobView]:
     running = {job.id: job for job in trainer.state().running}
     shares = {name: job.share for name, job in running.items()}
     left = {name: job.remaining_s for name, job in running.items()}
@@ -127,6 +128,7 @@ def job_views(jobs: Sequence[Job], trainer: Trainer) -> list[JobView]:
             priority=job.priority,
             device_share=shares.get(job.id),
             remaining_s=left.get(job.id),
+            waits_for=waits_for(job.status, job.model, served),
             suffix=job.suffix,
             created_at=job.created_at,
             error=job.error_message,

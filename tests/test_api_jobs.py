@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import tarfile
@@ -13,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from harli_appliance.api.files import FileRoutes
 from tests.fakes import BASE, FakeAppliance, listening
 
 LINE = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -75,6 +77,23 @@ async def test_an_upload_beyond_the_limit_is_refused_and_leaves_nothing(
     with pytest.raises(openai.APIStatusError) as caught:
         await upload(client, b"x" * ((1 << 20) + 1))
     assert (caught.value.status_code, caught.value.code) == (413, "file_too_large")
+    assert leftovers(port) == []
+
+
+async def test_a_full_disk_is_said_and_nothing_is_left(
+    http: aiohttp.ClientSession, port: FakeAppliance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FileRoutes, "_save", full)
+    form = aiohttp.FormData({"purpose": "fine-tune"}, default_to_multipart=True)
+    form.add_field("file", LINE, filename="a.jsonl")
+    async with http.post("/v1/files", data=form) as response:
+        assert response.status == 503
+        error = (await response.json())["error"]
+    assert error["code"] == "storage_unavailable"
+    assert "No space left on device; make room there" in error["message"]
     assert leftovers(port) == []
 
 

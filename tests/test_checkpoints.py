@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from harli_appliance.errors import ApplianceUnavailable
 from harli_appliance.training import checkpoints
 from harli_appliance.training.checkpoints import Progress
 
@@ -24,6 +27,12 @@ def test_the_newest_comes_back_and_old_ones_go(tmp_path: Path) -> None:
     progress, state = found
     assert progress == Progress(30, 150, 0.5)
     assert torch.equal(state["a"], torch.full((3, 4), 30.0))
+
+
+def test_the_newest_is_that_of_the_highest_number(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        checkpoints.save(tmp_path, Progress(step, step, 0.5), tensors(1.0), keep=1)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-1000000"]
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "manifest.json"])
@@ -66,9 +75,24 @@ def test_a_half_written_one_is_never_seen(tmp_path: Path) -> None:
         (folder / "state.safetensors").write_bytes(b"half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ApplianceUnavailable, match="disk full; make room") as error:
         checkpoints.write_atomically(tmp_path / "step-000001", fail)
-    assert checkpoints.load_newest(tmp_path) is None
+    assert error.value.code == "storage_unavailable"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_that_the_disk_refuses_are_no_fault_of_the_job(tmp_path: Path) -> None:
+    """safetensors has an exception of its own for what is an OSError."""
+    checkpoints.save(tmp_path, Progress(1, 1, None), tensors(1.0), keep=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(ApplianceUnavailable, match="cannot be written") as error:
+            checkpoints.save(tmp_path, Progress(2, 2, None), {"a": torch.zeros(1 << 20)}, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert isinstance(error.value.__cause__, SafetensorError)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-000001"]
 
 
 def test_none_is_none(tmp_path: Path) -> None:
@@ -76,8 +100,8 @@ def test_none_is_none(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_ended_jobs_are_swept(tmp_path: Path) -> None:
-    for job in ("ftjob-ended", "ftjob-going"):
+    for job in ("ftjob-ended", "ftjob-going-or-unknown"):
         checkpoints.save(tmp_path / job, Progress(1, 2, 3.0), tensors(1.0), keep=1)
-    checkpoints.sweep(tmp_path, {"ftjob-going"})
-    assert [path.name for path in tmp_path.iterdir()] == ["ftjob-going"]
+    checkpoints.sweep(tmp_path, {"ftjob-ended", "ftjob-other"})
+    assert [path.name for path in tmp_path.iterdir()] == ["ftjob-going-or-unknown"]
     checkpoints.sweep(tmp_path / "nowhere", set())

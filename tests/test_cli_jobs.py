@@ -11,6 +11,7 @@ import pytest
 from harli_appliance.cli.main import run
 from harli_appliance.client import HarliClient
 from harli_appliance.errors import ApplianceUnavailable
+from harli_appliance.schema import JobView
 from tests.cli_rig import (  # noqa: F401  fixtures
     LINE,
     Out,
@@ -66,6 +67,23 @@ def test_list_and_show(port: FakeAppliance, training_file: Path, out: Out) -> No
     assert run(["jobs", "list", "--json"]) == 0
     assert json.loads(out()[0])["data"][0]["status"] == "failed"
     assert run(["jobs", "show", "ftjob-none"]) == 1
+
+
+def test_a_job_of_another_model_is_shown_to_wait_for_it(
+    port: FakeAppliance, training_file: Path, out: Out
+) -> None:
+    run(["jobs", "create", str(training_file)])
+    run(["jobs", "create", str(training_file)])
+    port.update("ftjob-0", model="tiny-a")
+    port.update("ftjob-1", model="tiny-a", status="cancelled")
+    out()
+    for command in (["jobs", "list"], ["jobs", "show", "ftjob-0"]):
+        assert run(command) == 0
+        assert out()[0].count("queued, waits for tiny-a") == 1
+    job = JobView(id="ftjob-0", status="queued", model="tiny-a", waits_for="tiny-a", created_at=1)
+    port.status_now = port.status_now.model_copy(update={"jobs": [job]})
+    assert run(["ps"]) == 0
+    assert "queued, waits for tiny-a" in out()[0]
 
 
 def test_cancel(port: FakeAppliance, training_file: Path, out: Out) -> None:

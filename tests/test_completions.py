@@ -1,4 +1,4 @@
-"""From a call to running requests: what is refused before anything is begun."""
+"""From a call to running requests: what is refused before anything is begun, and what becomes of usage."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from harli_appliance.api.ports import ChatCall
-from harli_appliance.completions import Completions
+from harli_appliance.completions import Completions, _Asked
 from harli_appliance.engine.streams import TokenStream
-from harli_appliance.errors import UsageError
+from harli_appliance.errors import ApplianceUnavailable, UsageError
 from harli_appliance.runtime.protocol import Submission
 
 HELLO = ({"role": "user", "content": "hello"},)
@@ -70,3 +71,34 @@ async def test_the_codec_is_told_how_much_can_fit(engine: NotingEngine) -> None:
     codec = NotingCodec()
     await completions(engine, codec).begin(ChatCall("base", HELLO), lambda: None)
     assert codec.most == [1000]
+
+
+async def test_usage_that_cannot_be_recorded_is_warned_of_once_in_a_row() -> None:
+    full, kept, engine = True, [], SimpleNamespace()
+
+    async def add(usage: Any) -> None:
+        if full:
+            raise ApplianceUnavailable("the disk is full")
+        kept.append(usage.id)
+
+    nobody: Any = SimpleNamespace(end=lambda request: None)
+    log: Any = SimpleNamespace(add=add)
+    ending = Completions("tiny", nobody, engine, nobody, log, 64)  # type: ignore[arg-type]
+
+    async def end(request: str) -> None:
+        ending._asked[request] = _Asked("tiny", 3)
+        timing = SimpleNamespace(tokens=4, ttft_ms=1.0, tpot_ms=1.0)
+        engine.on_ended(SimpleNamespace(request=request, finish="stop"), timing)
+        (task,) = ending._writing._unfinished
+        await ending.close()
+        assert task.exception() is None
+
+    with capture_logs() as told:
+        await end("a")
+        await end("b")
+        full = False
+        await end("c")
+        full = True
+        await end("d")
+    assert kept == ["c"]
+    assert [line["why"] for line in told] == ["the disk is full"] * 2

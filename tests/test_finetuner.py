@@ -14,7 +14,7 @@ import pytest
 
 from harli_appliance.engine.adapters import AdapterShelf
 from harli_appliance.engine.lanes import Lane
-from harli_appliance.errors import UsageError
+from harli_appliance.errors import ApplianceUnavailable, UsageError
 from harli_appliance.finetuner import Finetuner
 from harli_appliance.training.backbone import Kernels
 from tests.queue_rig import (  # noqa: F401  fixtures
@@ -81,6 +81,13 @@ async def test_other_work_gets_its_turn_between_two_pieces_of_a_training_file(
     go_on.set()
     assert await starting == (5, 1)
     assert happened == ["example"] * 2 + ["other work"] + ["example"] * 4
+
+
+async def test_a_training_file_that_cannot_be_read_now_is_no_fault_of_the_job(settings, lane, tmp_path):
+    finetuner = finetuner_of(settings, lane)
+    with pytest.raises(ApplianceUnavailable, match="Is a directory; check its disk") as error:
+        await finetuner.start_job(SimpleNamespace(), tmp_path, None)
+    assert error.value.code == "storage_unavailable"
 
 
 async def test_what_was_learned_is_kept_although_it_cannot_be_served(

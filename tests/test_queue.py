@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,6 +213,18 @@ async def test_jobs_run_in_the_order_they_came_and_are_listed_newest_first(queue
     assert ([job.id for job in page], more) == ([made[2], made[1]], True)
     page, more = await queue.jobs(limit=2, after=page[-1].id)
     assert ([job.id for job in page], more) == ([made[0]], False)
+
+
+async def test_a_clock_that_is_set_back_lets_no_job_overtake(queue, spec, monkeypatch):
+    made = []
+    for now in (2000, 1000):
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda now=now: now)
+            made.append((await queue.create_job(spec)).id)
+    assert [job.id for job in await queue.overview(2)] == made
+    assert [(await queue.next_job()).id for _ in range(2)] == made
+    await queue.recover()
+    assert (await queue.next_job()).id == made[0]
 
 
 async def test_a_job_of_higher_priority_is_taken_first(queue, spec):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from harli_appliance.config import Settings
+from harli_appliance.store import files as file_rows
 from harli_appliance.store.database import Database
 from harli_appliance.training.queue import JobQueue
 from tests.queue_rig import (  # noqa: F401  fixtures
@@ -58,21 +64,58 @@ async def test_a_restart_queues_what_ran_and_does_what_was_asked_of_it(queue, da
 
 
 async def test_checkpoints_are_kept_for_what_may_go_on_and_for_what_failed(queue, settings, spec):
-    queued, paused, cancelled, failed, done = [(await queue.create_job(spec)).id for _ in range(5)]
+    _queued, paused, cancelled, failed, done = [(await queue.create_job(spec)).id for _ in range(5)]
     await queue.cancel_job(cancelled)
     await queue.set_priority(failed, 50)
     await queue.set_priority(done, 40)
     await queue.fail((await queue.next_job()).id, "x", "y")
     await queue.succeed((await queue.next_job()).id, settings.adapters / "a", 8)
     await queue.pause_job(paused)
-    assert await queue.keeping_checkpoints() == {queued, paused, failed}
+    assert await queue.needing_no_checkpoints() == {cancelled, done}
 
 
-async def test_a_restart_sweeps_what_has_no_row_and_nothing_else(queue, database, settings, spec):
-    (settings.files / "file-orphan.jsonl").write_bytes(GOOD)
+async def test_a_restart_sweeps_unfinished_uploads_and_nothing_else(queue, database, settings, spec):
+    """Files without a row may be all that is left of what a person had, if the database is a new one."""
+    (settings.files / "file-unknown.jsonl").write_bytes(GOOD)
     (settings.files / ".file-half.incoming").write_bytes(GOOD)
     await JobQueue(database, settings, model="tiny").recover()
-    assert kept(settings) == [f"{spec.training_file}.jsonl"]
+    assert kept(settings) == sorted([f"{spec.training_file}.jsonl", "file-unknown.jsonl"])
+
+
+async def test_an_upload_that_was_killed_after_its_row_was_written_is_whole(queue, database, settings, spec):
+    path = await queue.file_path(spec.training_file)
+    path.rename(settings.files / f".{spec.training_file}.incoming")
+    again = JobQueue(database, settings, model="tiny")
+    await again.recover()
+    assert (await again.file_path(spec.training_file)).read_bytes() == GOOD
+
+
+@pytest.mark.parametrize("before", ["bring_in", "insert_file", "reveal"])
+async def test_an_upload_that_ends_while_the_appliance_starts_is_kept(
+    database, settings, upload, monkeypatch, before
+):
+    """The sweep knows the rows of a moment ago, at whatever point an upload is."""
+    queue = JobQueue(database, settings, model="tiny")
+    swept = queue._uploads.sweep
+    begun, gone_on = threading.Event(), threading.Event()
+
+    def held(step):
+        def run(*args, **named):
+            begun.set()
+            assert gone_on.wait(10)
+            return step(*args, **named)
+
+        return run
+
+    whose = file_rows if before == "insert_file" else queue._uploads
+    monkeypatch.setattr(whose, before, held(getattr(whose, before)))
+    uploading = asyncio.create_task(queue.create_file(upload(), "a.jsonl", "fine-tune"))
+    await asyncio.to_thread(begun.wait, 10)
+    assert swept([]) == []
+    gone_on.set()
+    file = await uploading
+    assert swept([]) == []
+    assert (await queue.file_path(file.id)).read_bytes() == GOOD
 
 
 WRITER = """
@@ -165,3 +208,32 @@ async def test_nothing_told_is_lost_and_nothing_is_half_there_after_kills(settin
     for file_id in files:
         assert (await queue.file_path(file_id)).read_bytes() == GOOD
     await database.close()
+
+
+async def test_jobs_and_adapters_of_another_model_wait_for_it(queue, database, settings, spec):
+    done, running, waiting, paused = [(await queue.create_job(spec)).id for _ in range(4)]
+    await queue.next_job()
+    await queue.succeed(done, settings.adapters / done, 8)
+    await queue.next_job()
+    await queue.pause_job(paused)
+    for _ in range(2):
+        other = JobQueue(database, settings, model="other")
+        await other.recover()
+    assert await other.next_job() is None
+    assert await other.adapters() == []
+    told = "Waits for its model: tiny; other is served now"
+    for job_id, status in ((running, "queued"), (waiting, "queued"), (paused, "paused")):
+        assert (await other.job(job_id)).status == status
+        assert (await messages(other, job_id)).count(told) == 1
+    assert told not in await messages(other, done)
+    await other.resume_job(paused)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(other.wait_for_job(), 0.05)
+    own = await other.create_job(replace(spec, model="other"))
+    assert (await other.next_job()).id == own.id
+    assert await other.next_job() is None
+
+    again = JobQueue(database, settings, model="tiny")
+    await again.recover()
+    assert [(await again.next_job()).id for _ in range(3)] == [running, waiting, paused]
+    assert [adapter.job_id for adapter in await again.adapters()] == [done]

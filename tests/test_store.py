@@ -206,7 +206,7 @@ async def test_a_database_of_before_pausing_keeps_its_jobs_events_and_adapters(t
     assert await database.run(lambda db: jobs.asked_of(db, "ftjob-2")) == "cancel"
     events, _ = await database.run(lambda db: jobs.list_events(db, "ftjob-1", 10, None))
     assert [event.message for event in events] == ["hello"]
-    assert [a.name for a in await database.run(adapters.list_adapters)] == ["ft"]
+    assert [a.name for a in await database.run(lambda db: adapters.list_adapters(db, "tiny"))] == ["ft"]
     assert await database.run(lambda db: db.execute("PRAGMA foreign_key_check").fetchall()) == []
     await database.run(lambda db: jobs.insert_job(db, replace(QUEUED, id="ftjob-4")))
     assert await scalar(database, "SELECT seq FROM jobs WHERE id = 'ftjob-4'") == 4
@@ -369,7 +369,7 @@ async def test_adapters_and_the_predictor_come_back_as_written(database: Databas
         for data in ({"c": [1.0, 2.0]}, {"c": [3.5]}):
             predictor.save_predictor(db, "cpu", "tiny", "1", data)
         return (
-            adapters.list_adapters(db),
+            adapters.list_adapters(db, "tiny"),
             predictor.load_predictor(db, "cpu", "tiny", "1"),
             predictor.load_predictor(db, "cpu", "tiny", "2"),
         )

@@ -56,7 +56,8 @@ class Locked(Queue):
 
 @pytest.fixture
 def _asked_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harli_appliance.training.trainer.STORE_RETRY_S", 0.001)
+    for name in ("STORE_RETRY_S", "PUT_BACK_S"):
+        monkeypatch.setattr(f"harli_appliance.training.trainer.{name}", 0.001)
 
 
 @pytest.mark.usefixtures("_asked_again_soon")

@@ -154,6 +154,9 @@ class Queue:
     def asked(self, job_id: str) -> None:
         return None
 
+    async def event(self, job_id: str, level: str, message: str) -> None:
+        return None
+
     async def fail(self, job_id: str, code: str, message: str) -> None:
         raise AssertionError(message)
 
@@ -305,7 +308,7 @@ async def test_a_checkpoint_is_no_unit_and_serving_gets_slots_back_while_it_is_w
     home.run = noted  # type: ignore[method-assign]
     run.end_round, run.checkpoint, run.write = end_round, checkpoint, write
     await train(trainer, queue, lane=serving)
-    assert device.happened[-5:] == ["step", "park", "write", "checkpoint", "write"]
+    assert device.happened[-5:] == ["step", "checkpoint", "park", "write", "write"]
     assert trainer.units.times["step"].count == 1
 
 

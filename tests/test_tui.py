@@ -107,9 +107,13 @@ async def test_a_breach_turns_red_and_a_silence_blank(port: FakeAppliance) -> No
 async def test_it_follows_the_appliance(port: FakeAppliance) -> None:
     async with listening(port) as listener, opened(listener.url) as (app, pilot):
         await until(pilot, lambda: "31/100" in shown(app))
-        jobs = [JobView(id="ftjob-bad", status="failed", model="m", created_at=1, error="the loss is NaN")]
+        jobs = [
+            JobView(id="ftjob-bad", status="failed", model="m", created_at=1, error="the loss is NaN"),
+            JobView(id="ftjob-other", status="queued", model="m", created_at=2, waits_for="m"),
+        ]
         port.status_now = make_status(jobs=jobs, mode="pause", reason="slo_tight")
         await until(pilot, lambda: "the loss is NaN" in shown(app))
+        assert "waits for m" in shown(app)
         assert "training waits · slo_tight" in shown(app)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from harli_appliance.errors import JobFailed
+from harli_appliance.errors import ApplianceUnavailable, JobFailed
+from harli_appliance.training import checkpoints
 from harli_appliance.training.job_run import BEST
 from harli_appliance.training.validation import Standing, Validation
 from tests.test_coserving import lesson  # noqa: F401  a fixture
@@ -128,6 +130,38 @@ def test_a_best_checkpoint_that_is_damaged_is_not_taken(bench: Bench, held_out: 
     with pytest.raises(JobFailed, match="best one, is gone or damaged"):
         run.save_adapter(tmp_path / "adapter")
     run.close()
+
+
+def test_what_the_disk_refused_is_written_when_there_is_room(
+    bench: Bench, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, save = True, checkpoints.save
+
+    def refusing(*what: Any) -> Path:
+        if full:
+            raise ApplianceUnavailable("the disk is full")
+        return save(*what)
+
+    monkeypatch.setattr(checkpoints, "save", refusing)
+    run = bench.run("refused", held_out=held_out, eval_steps=1)
+    while run.step < 4 or run.evaluating:
+        for index in range(run.micro_batches()):
+            bench.micro_batch(run, index)
+        run.end_round()
+        if run.checkpoint_due:
+            run.checkpoint()
+        with contextlib.suppress(ApplianceUnavailable):
+            run.write()
+        assert len(run._drafts) <= 2, "they are in memory"
+    full = False
+    run.write()
+    wanted, standing = weights(run), run.validation.standing
+    run.close()
+    again = bench.run("refused", held_out=held_out, eval_steps=1)
+    assert (again.step, again.validation.standing) == (4, standing)
+    assert all(torch.equal(value, wanted[name]) for name, value in weights(again).items())
+    again.save_adapter(tmp_path / "adapter")
+    again.close()
 
 
 @pytest.mark.parametrize("method", ["supervised", "dpo"])

@@ -20,7 +20,13 @@ from harli_appliance.api.bodies import Query, read_query
 from harli_appliance.api.ports import FineTuning, StoredFile
 from harli_appliance.api.wire import Deleted, FileObject, ListOf
 from harli_appliance.config import Settings
-from harli_appliance.errors import HarliError, NotFound, UnsupportedParameter, UsageError
+from harli_appliance.errors import (
+    ApplianceUnavailable,
+    HarliError,
+    NotFound,
+    UnsupportedParameter,
+    UsageError,
+)
 
 PIECE = 1 << 20
 """Bytes written at once."""
@@ -66,11 +72,19 @@ class FileRoutes:
                 f"the body is {request.content_type}; upload a file as multipart/form-data",
                 code="invalid_content_type",
             )
-        self._uploads.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._uploads) as folder:
-            path = Path(folder) / "upload"
-            filename, purpose = await self._receive(request, path)
-            stored = await self._port.create_file(path, filename, purpose)
+        try:
+            self._uploads.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self._uploads) as folder:
+                path = Path(folder) / "upload"
+                filename, purpose = await self._receive(request, path)
+                stored = await self._port.create_file(path, filename, purpose)
+        except (ConnectionError, TimeoutError):  # of the client, not of the disk
+            raise
+        except OSError as error:
+            raise ApplianceUnavailable(
+                f"the file cannot be kept in {self._uploads}: {error.strerror}; make room there and try again",
+                code="storage_unavailable",
+            ) from error
         return web.json_response(file_object(stored).model_dump(mode="json"))
 
     async def _receive(self, request: web.Request, path: Path) -> tuple[str, str]:

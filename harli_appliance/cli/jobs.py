@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from harli_appliance.cli.connect import Json, Url, base_model, talk
-from harli_appliance.cli.output import note, number, print_json, print_table, steps, when
+from harli_appliance.cli.output import note, number, print_json, print_table, state, steps, when
 
 if TYPE_CHECKING:
-    from harli_appliance.api.wire import Hyperparameters, JobEventObject, JobObject
+    from harli_appliance.api.wire import Hyperparameters, JobEventObject, JobObject, ListOf
     from harli_appliance.client import HarliClient
     from harli_appliance.schema import JobStatus
 
@@ -167,14 +167,18 @@ def list_(
     url: Url = None,
 ) -> None:
     """Show the newest jobs."""
-    page = talk(url, lambda client: client.jobs(limit))
+
+    async def work(client: HarliClient) -> tuple[ListOf[JobObject], str]:
+        return await client.jobs(limit), await base_model(client)
+
+    page, served = talk(url, work)
     if json:
         print_json(page.model_dump(mode="json"))
         return
     rows = [
         (
             job.id,
-            job.status,
+            _state(job, served),
             steps(job.harli.step, job.harli.total_steps),
             number(job.harli.loss),
             str(job.harli.priority),
@@ -191,14 +195,18 @@ def list_(
 @app.command("show")
 def show(job_id: JobId, json: Json = False, url: Url = None) -> None:
     """Show one job."""
-    job = of_job(url, job_id, lambda client, id: client.job(id))
+
+    async def work(client: HarliClient, id: str) -> tuple[JobObject, str]:
+        return await client.job(id), await base_model(client)
+
+    job, served = of_job(url, job_id, work)
     if json:
         print_json(job.model_dump(mode="json"))
         return
     chosen = job.hyperparameters
     facts = {
         "job": job.id,
-        "status": job.status,
+        "status": _state(job, served),
         "model": job.model,
         "adapter": job.fine_tuned_model or "-",
         "step": f"{job.harli.step} of {job.harli.total_steps}",
@@ -223,6 +231,12 @@ def show(job_id: JobId, json: Json = False, url: Url = None) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         typer.echo(f"{name:<{width}}  {value}")
+
+
+def _state(job: JobObject, served: str) -> str:
+    from harli_appliance.schema import waits_for
+
+    return state(job.status, waits_for(job.status, job.model, served))
 
 
 def _validation(job: JobObject) -> str:

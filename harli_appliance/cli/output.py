@@ -46,6 +46,11 @@ def steps(made: int, in_all: int) -> str:
     return f"{made}/{in_all}" if in_all else "-"
 
 
+def state(status: str, waits_for: str | None) -> str:
+    """A job's status, and the model that has to be served before it goes on."""
+    return f"{status}, waits for {waits_for}" if waits_for else status
+
+
 def when(epoch: int | None) -> str:
     """A time of day in the reader's zone."""
     if epoch is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harli_appliance.cli.connect import Json, Url, connect, talk
-from harli_appliance.cli.output import number, print_json, print_table, steps
+from harli_appliance.cli.output import number, print_json, print_table, state, steps
 from harli_appliance.scheduling.reasons import in_words
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def ps(json: Json = False, url: Url = None) -> None:
         rows = [
             (
                 job.id,
-                job.status,
+                state(job.status, job.waits_for),
                 steps(job.step, job.total_steps),
                 number(job.loss),
                 str(job.priority),

@@ -36,9 +36,11 @@ def insert_adapter(
     return adapter
 
 
-def list_adapters(db: Database) -> list[Adapter]:
-    """All of them, the oldest first."""
-    rows = db.table("adapters").rows_where(order_by="created_at, rowid")
+def list_adapters(db: Database, model: str) -> list[Adapter]:
+    """Those of one base model, the oldest first."""
+    rows = db.table("adapters").rows_where(
+        "job_id IN (SELECT id FROM jobs WHERE model = ?)", [model], order_by="rowid"
+    )
     return [_adapter(row) for row in rows]
 
 

@@ -21,6 +21,8 @@ from harli_appliance.store.migrating import migrate
 BUSY_TIMEOUT_S = 5.0
 """How long to wait for another program (a backup, a shell) that holds the file."""
 
+_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+
 T = TypeVar("T")
 
 
@@ -51,7 +53,8 @@ class Database:
             synchronous: FULL survives a power cut after each call; NORMAL may lose the last ones.
 
         Raises:
-            ConfigError: the file cannot be used, is no database, or is from a newer version.
+            ConfigError: the file cannot be used or is from a newer version; with the code
+                ``database_damaged`` it is no database, or its content is malformed.
         """
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"sqlite-{path.stem}")
 
@@ -70,9 +73,8 @@ class Database:
                 db.execute("PRAGMA foreign_keys = ON")
             except sqlite3.DatabaseError as error:
                 db.close()
-                raise ConfigError(
-                    f"database {path} cannot be used: {error}; move it away to start afresh"
-                ) from error
+                message, code = _why(path, error)
+                raise ConfigError(message, code=code) from error
             except BaseException:
                 db.close()
                 raise
@@ -91,7 +93,8 @@ class Database:
         A caller that is cancelled leaves the transaction either not begun or whole.
 
         Raises:
-            ApplianceUnavailable: the database is closed, or cannot be written (a full disk, another writer).
+            ApplianceUnavailable: the database is closed, cannot be written (a full disk, another writer), or is
+                damaged.
         """
         if self._closed:
             raise ApplianceUnavailable("the appliance is stopping; try again when it runs")
@@ -100,11 +103,11 @@ class Database:
             try:
                 with self._db.atomic():
                     return work(self._db)
-            except sqlite3.OperationalError as error:
-                raise ApplianceUnavailable(
-                    f"database {self.path} cannot be used: {error}; check that its disk has room",
-                    code="database_unavailable",
-                ) from error
+            except sqlite3.DatabaseError as error:
+                if not (isinstance(error, sqlite3.OperationalError) or _is_damaged(error)):
+                    raise  # a constraint: the fault lies in `work`
+                message, code = _why(self.path, error)
+                raise ApplianceUnavailable(message, code=code) from error
 
         return await asyncio.get_running_loop().run_in_executor(self._executor, transaction)
 
@@ -115,3 +118,20 @@ class Database:
         self._closed = True
         await asyncio.get_running_loop().run_in_executor(self._executor, self._db.close)
         self._executor.shutdown()
+
+
+def _is_damaged(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED  # the higher bits say more
+
+
+def _why(path: Path, error: sqlite3.Error) -> tuple[str, str]:
+    """What is wrong and what to do, and the error's code. Moving a file away is advised only where it is lost."""
+    if _is_damaged(error):
+        return (
+            f"database {path} is damaged: {error}; restore a copy of it, or move it away to start afresh",
+            "database_damaged",
+        )
+    return (
+        f"database {path} cannot be used: {error}; check that its disk has room and can be written",
+        "database_unavailable",
+    )

@@ -60,9 +60,9 @@ def list_jobs(db: Database, limit: int, after: str | None) -> tuple[list[Job], b
     return [_job(row) for row in rows], more
 
 
-def keeping_checkpoints(db: Database) -> set[str]:
-    """Ids of the jobs whose checkpoints are of use: those that may go on, and failed ones."""
-    rows = db.table("jobs").rows_where("status NOT IN ('succeeded', 'cancelled')", select="id")
+def needing_no_checkpoints(db: Database) -> set[str]:
+    """Ids of the jobs that neither go on nor failed."""
+    rows = db.table("jobs").rows_where("status IN ('succeeded', 'cancelled')", select="id")
     return {row["id"] for row in rows}
 
 
@@ -70,22 +70,24 @@ def overview(db: Database, limit: int) -> list[Job]:
     """What matters now: running jobs, queued ones in their order, paused ones, then what ended last."""
     order = (
         "CASE status WHEN 'running' THEN 0 WHEN 'queued' THEN 1 WHEN 'paused' THEN 2 ELSE 3 END, "
-        "finished_at DESC, priority DESC, created_at, seq"
+        "finished_at DESC, priority DESC, seq"
     )
     return [_job(row) for row in db.table("jobs").rows_where(order_by=order, limit=limit)]
 
 
 def jobs_in(db: Database, status: JobStatus) -> list[Job]:
     """Jobs of one state, the longest waiting first."""
-    return [
-        _job(row) for row in db.table("jobs").rows_where("status = ?", [status], order_by="created_at, seq")
-    ]
+    return [_job(row) for row in db.table("jobs").rows_where("status = ?", [status], order_by="seq")]
 
 
-def next_queued(db: Database) -> Job | None:
-    """The one of the highest priority, among equals the oldest."""
+def next_queued(db: Database, model: str) -> Job | None:
+    """The one of the highest priority that finetunes `model`, among equals the oldest."""
     rows = db.table("jobs").rows_where(
-        "status = 'queued'", order_by="priority DESC, created_at, seq", limit=1
+        # Not by `created_at`: a clock may be set back.
+        "status = 'queued' AND model = ?",
+        [model],
+        order_by="priority DESC, seq",
+        limit=1,
     )
     return next((_job(row) for row in rows), None)
 

@@ -6,6 +6,7 @@ Knows files and locks; knows no SQL.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -62,8 +63,9 @@ class HomeLock:
                 code="data_directory_in_use",
                 param="home",
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock is what counts, the pid is only told
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
         self._descriptor = descriptor
 
     def release(self) -> None:
@@ -72,7 +74,8 @@ class HomeLock:
         The file stays: unlinking it would let two processes lock two files of the same name.
         """
         if self._descriptor is not None:
-            os.ftruncate(self._descriptor, 0)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, 0)
             os.close(self._descriptor)
             self._descriptor = None
 

@@ -6,12 +6,18 @@ job state pays 330, and its writes never wait behind a job's. The oldest rows go
 
 from __future__ import annotations
 
+import contextlib
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import structlog
 from sqlite_utils import Database as Connection
 
+from harli_appliance.errors import HarliError
 from harli_appliance.store.database import Database
+
+log = structlog.get_logger(__name__)
 
 USAGE_FILE = "harli-metrics.db"
 KEPT_ROWS = 1_000_000
@@ -39,6 +45,25 @@ class UsageLog:
 
     @classmethod
     async def open(cls, home: Path, kept_rows: int = KEPT_ROWS) -> UsageLog:
+        """Open or create the log; one that is damaged is moved aside, and a new one begun.
+
+        Raises:
+            ConfigError, ApplianceUnavailable: it cannot be used.
+        """
+        try:
+            return await cls._open(home, kept_rows)
+        except HarliError as error:
+            if error.code != "database_damaged":
+                raise
+            aside = f"{USAGE_FILE}-damaged-{time.strftime('%Y%m%d-%H%M%S')}"
+            log.warning("the usage log is damaged; a new one is begun", why=error.message, moved_to=aside)
+            for end in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    (home / f"{USAGE_FILE}{end}").rename(home / f"{aside}{end}")
+            return await cls._open(home, kept_rows)
+
+    @classmethod
+    async def _open(cls, home: Path, kept_rows: int) -> UsageLog:
         database = await Database.open(home / USAGE_FILE, migrations="harli-metrics", synchronous="NORMAL")
 
         def forget_old(db: Connection) -> None:
@@ -47,7 +72,11 @@ class UsageLog:
                 [kept_rows],
             )
 
-        await database.run(forget_old)
+        try:
+            await database.run(forget_old)
+        except BaseException:
+            await database.close()
+            raise
         return cls(database)
 
     async def add(self, usage: RequestUsage) -> None:

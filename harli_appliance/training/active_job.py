@@ -66,12 +66,14 @@ class ActiveJob:
         """On the micro-batches of the step under way that are complete."""
         self.unfinished: Unfinished | None = None
         """What the next turn goes on with; it lies in host memory."""
+        self.refused = False
+        """Whether the disk refuses what is to be kept of it, which was told."""
         self._blocked_until = 0.0
         self._began = time.monotonic()
         self._first_step = run.step
 
     def block(self, seconds: float) -> None:
-        """There is no room for it now."""
+        """Nothing can be done for it now."""
         self._blocked_until = time.monotonic() + seconds
 
     @property

@@ -16,9 +16,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import structlog
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from harli_appliance.errors import ApplianceUnavailable
 from harli_appliance.training.validation import Standing
 
 log = structlog.get_logger(__name__)
@@ -41,22 +43,35 @@ def write_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write files into a new folder that appears as `folder`, complete and durable.
 
     An existing `folder` is replaced.
+
+    Raises:
+        ApplianceUnavailable: the disk is full or cannot be written; what was written is removed.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    fill(partial)
-    for path in (*partial.iterdir(), partial):
-        _flush(path)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    _flush(folder.parent)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        fill(partial)
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        _flush(folder.parent)
+    except (OSError, SafetensorError) as error:  # of a write, the latter is an OSError in other words
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ApplianceUnavailable(
+            f"{folder} cannot be written: {error}; make room on its disk", code="storage_unavailable"
+        ) from error
 
 
 def save(home: Path, progress: Progress, tensors: Mapping[str, Tensor], keep: int) -> Path:
-    """Write a checkpoint of `tensors` and drop all but the newest `keep`."""
+    """Write a checkpoint of `tensors` and drop all but the newest `keep`.
+
+    Raises:
+        ApplianceUnavailable: see `write_atomically`.
+    """
 
     def fill(folder: Path) -> None:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -67,7 +82,7 @@ def save(home: Path, progress: Progress, tensors: Mapping[str, Tensor], keep: in
     folder = _folder(home, progress.step)
     write_atomically(folder, fill)
     for old in _folders(home)[keep:]:
-        shutil.rmtree(old)
+        discard(old)
     return folder
 
 
@@ -102,10 +117,10 @@ def remove(home: Path, step: int) -> None:
     shutil.rmtree(_folder(home, step), ignore_errors=True)
 
 
-def sweep(root: Path, kept: Container[str]) -> None:
-    """Remove the checkpoints in `root` of every job that is not among `kept`."""
+def sweep(root: Path, ended: Container[str]) -> None:
+    """Remove the checkpoints in `root` of the jobs `ended`; those of jobs that nobody knows stay."""
     for home in root.glob("*"):
-        if home.name not in kept:
+        if home.name in ended:
             discard(home)
 
 
@@ -118,8 +133,8 @@ def _folder(home: Path, step: int) -> Path:
 
 
 def _folders(home: Path) -> list[Path]:
-    """Newest first."""
-    return sorted(home.glob("step-*"), reverse=True)
+    """Newest first, by number: from step 1,000,000 on names are longer."""
+    return sorted(home.glob("step-*"), key=lambda folder: (len(folder.name), folder.name), reverse=True)
 
 
 def _sealed(manifest: bytes) -> bytes:

@@ -74,18 +74,18 @@ class FileLibrary:
     async def _take_over(self, path: Path, filename: str, report: Report) -> StoredFile:
         file_id = new_id("file")
         name = one_line(PurePath(filename).name)[:255] or "upload.jsonl"
-        await asyncio.to_thread(self._uploads.bring_in, path, file_id)
+        size = await asyncio.to_thread(self._uploads.bring_in, path, file_id)
 
         def keep(db: Connection) -> StoredFile:
-            self._uploads.reveal(file_id)
-            size = self._uploads.path(file_id).stat().st_size
             return file_rows.insert_file(db, file_id, name, PURPOSE, size, report.examples, report.format)
 
         try:
-            return await self._database.run(keep)
+            file = await self._database.run(keep)
         except BaseException:
             self._uploads.discard(file_id)
             raise
+        await asyncio.to_thread(self._uploads.reveal, file_id)
+        return file
 
     async def files(self) -> list[StoredFile]:
         return await self._database.run(file_rows.list_files)
@@ -113,7 +113,7 @@ class FileLibrary:
         await asyncio.to_thread(self._uploads.discard, file_id)
 
     async def _sweep(self, known: list[str]) -> None:
-        """Remove what earlier processes left half done, which is what no row knows."""
+        """Settle what earlier processes left half done; files that no row knows otherwise stay."""
         for name in await asyncio.to_thread(self._uploads.sweep, known):
             log.warning("removed an unfinished upload", file=name)
 

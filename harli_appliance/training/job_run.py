@@ -115,7 +115,7 @@ class JobRun:
         self._references = torch.full((pairs, 2), torch.nan, dtype=torch.float64)
         self.total_steps = job.n_epochs * steps_in_epoch(len(self._examples), job.batch_size)
         self.step = self._kept_step = 0
-        self._drafts: list[Callable[[], object]] = []
+        self._drafts: dict[Path, Callable[[], object]] = {}
         self.trained_tokens = 0
         self.loss: float | None = None
         self.adapter = adapter_for(job, backbone)
@@ -325,13 +325,22 @@ class JobRun:
         progress = checkpoints.Progress(self.step, self.trained_tokens, self.loss, self.validation.standing)
         tensors = {**self.state.tensors(), "references": self._references}
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self._drafts.append(partial(checkpoints.save, home, progress, copies, keep))
+        # What the disk refused gives way: to newer ones of its kind, and checkpoints to a best one that they lack.
+        if home == self._home:
+            self._drafts.pop(home, None)
+        else:
+            self._drafts.clear()
+        self._drafts[home] = partial(checkpoints.save, home, progress, copies, keep)
 
     def write(self) -> None:
-        """Keep what was taken down, if anything. It may take seconds, in which the state may move."""
-        while self._drafts:
-            self._drafts[0]()
-            del self._drafts[0]
+        """Keep what was taken down, if anything. It may take seconds, in which the state may move.
+
+        Raises:
+            ApplianceUnavailable: the disk refuses it; the next call tries again.
+        """
+        for home in list(self._drafts):
+            self._drafts[home]()
+            del self._drafts[home]
 
     def _resume(self) -> None:
         found = checkpoints.load_newest(self._home)
@@ -366,6 +375,7 @@ class JobRun:
 
         Raises:
             JobFailed: see `take_best`.
+            ApplianceUnavailable: the disk refuses it.
         """
         self.take_best()
         checkpoints.write_atomically(folder, self.adapter.save)

@@ -41,7 +41,8 @@ class JobQueue(FileLibrary, FineTuning):
     """Files, jobs and adapters of one data directory.
 
     Args:
-        model: name of the served base model, the only one that can be finetuned.
+        model: name of the served base model, the only one that can be finetuned. Jobs and adapters of
+            another name wait until that is served.
         count_tokens: tells how long an example is; without it no length is checked.
         context_length: tokens that an example may have at most.
         obstacle: why that model cannot be finetuned at all, if it cannot.
@@ -224,7 +225,10 @@ class JobQueue(FileLibrary, FineTuning):
     # -- for the trainer -----------------------------------------------------------------------------------
 
     async def recover(self) -> None:
-        """At start: queue again what ran when the last process ended, and sweep what it left half done."""
+        """At start: queue again what ran when the last process ended, and sweep what it left half done.
+
+        Jobs of a model that is not served now are told that they wait for it.
+        """
 
         def requeue(db: Connection) -> list[str]:
             for job in job_rows.jobs_in(db, "running"):
@@ -234,6 +238,9 @@ class JobQueue(FileLibrary, FineTuning):
                 job_rows.move_job(db, job.id, "queued")
                 message = "The appliance was started again; the job resumes from its last checkpoint"
                 job_rows.add_event(db, job.id, "warn", message)
+            for job in [*job_rows.jobs_in(db, "queued"), *job_rows.jobs_in(db, "paused")]:
+                if job.model != self._model:
+                    _tell_once(db, job.id, f"Waits for its model: {job.model}; {self._model} is served now")
             return [file.id for file in file_rows.list_files(db)]
 
         known = await self._database.run(requeue)
@@ -246,7 +253,7 @@ class JobQueue(FileLibrary, FineTuning):
             await self._queued.wait()
             self._queued.clear()
             try:
-                found = await self._database.run(job_rows.next_queued) is not None
+                found = await self._database.run(self._next_queued) is not None
             except BaseException:
                 self._queued.set()
                 raise
@@ -271,9 +278,11 @@ class JobQueue(FileLibrary, FineTuning):
             self._queued.set()  # there may be another
         return job
 
-    @staticmethod
-    def _start_next(db: Connection) -> Job | None:
-        job = job_rows.next_queued(db)
+    def _next_queued(self, db: Connection) -> Job | None:
+        return job_rows.next_queued(db, self._model)
+
+    def _start_next(self, db: Connection) -> Job | None:
+        job = self._next_queued(db)
         if job is None:
             return None
         job_rows.add_event(db, job.id, "info", "Job started" if job.started_at is None else "Job resumed")
@@ -379,13 +388,13 @@ class JobQueue(FileLibrary, FineTuning):
         self._queued.set()
         return job
 
-    async def keeping_checkpoints(self) -> set[str]:
-        """Ids of the jobs whose checkpoints may still be of use."""
-        return await self._database.run(job_rows.keeping_checkpoints)
+    async def needing_no_checkpoints(self) -> set[str]:
+        """Ids of the jobs whose checkpoints are of no use any more."""
+        return await self._database.run(job_rows.needing_no_checkpoints)
 
     async def adapters(self) -> list[Adapter]:
-        """Every finished adapter, the oldest first."""
-        found = await self._database.run(adapter_rows.list_adapters)
+        """Every finished adapter of the served model, the oldest first."""
+        found = await self._database.run(lambda db: adapter_rows.list_adapters(db, self._model))
         return [replace(adapter, path=self._settings.home / adapter.path) for adapter in found]
 
     async def delete_adapter(self, name: str) -> None:
@@ -450,6 +459,13 @@ def _move(db: Connection, job_id: str, status: JobStatus) -> Job:
     job = job_rows.move_job(db, job_id, status)
     job_rows.add_event(db, job_id, "info", "Job queued again" if status == "queued" else f"Job {status}")
     return job
+
+
+def _tell_once(db: Connection, job_id: str, message: str) -> None:
+    """Warn, unless that was the last that was told of the job."""
+    last, _ = job_rows.list_events(db, job_id, 1, None)
+    if not last or last[0].message != message:
+        job_rows.add_event(db, job_id, "warn", message)
 
 
 def _state(job: Job, rule: str) -> Conflict:

@@ -9,12 +9,13 @@ partitions, policies or HTTP.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import structlog
 
@@ -24,36 +25,22 @@ from harli_appliance.memory.pool import Lease, SlotPool
 from harli_appliance.training.active_job import ActiveJob, RunningJob, Spent, Unfinished
 from harli_appliance.training.fairness import Order, RecentShares
 from harli_appliance.training.job_run import JobRun
+from harli_appliance.training.job_source import JobSource
 from harli_appliance.training.pace import Pace, Told
 from harli_appliance.training.residence import Residence, UnitLane
 from harli_appliance.training.spared import Spared
 from harli_appliance.training.swap import SwapPredictor
 from harli_appliance.training.unit_runner import Ran, UnitRunner
 from harli_appliance.training.units import MicroBatch, WorkUnit
-from harli_appliance.training.validation import Standing
 
 log = structlog.get_logger(__name__)
 
 STORE_RETRY_S = 1.0
 """How long to wait before jobs are written down again, after the database could not be."""
+PUT_BACK_S = 10.0
+"""How long until a job begins, or ends, again after the disk or the database kept one from it."""
 LEASE_RETRY_S = 0.02
 """How long a job waits before it asks again for slots that serving may need now; others may run meanwhile."""
-
-
-class JobSource(Protocol):
-    """The queue as the trainer sees it; see `harli_appliance.training.queue.JobQueue`."""
-
-    async def next_job(self) -> Job | None: ...
-    async def wait_for_job(self) -> None: ...
-    async def file_path(self, file_id: str) -> Path: ...
-    async def begun(self, job_id: str, step: int, total_steps: int) -> Job: ...
-    async def progress(
-        self, job_id: str, step: int, total_steps: int, trained_tokens: int, loss: float | None
-    ) -> None: ...
-    async def evaluated(self, job_id: str, standing: Standing) -> None: ...
-    def asked(self, job_id: str) -> Literal["pause", "cancel"] | None: ...
-    async def stopped(self, job_id: str) -> Job: ...
-    async def fail(self, job_id: str, code: str, message: str) -> Job: ...
 
 
 class Stopped(Exception):
@@ -123,6 +110,7 @@ class Trainer:
         self._active: dict[str, ActiveJob] = {}
         self._current: ActiveJob | None = None
         self._turn_ms = 0.0
+        self._begin_at = 0.0
         self._shares = RecentShares()
 
     # -- what others see ---------------------------------------------------------------------------------
@@ -169,7 +157,10 @@ class Trainer:
         await self._stop_asked_jobs()
         if not self._active:
             self.units.set_ready(False)
-            await self._queue.wait_for_job()
+            if (wait_s := self._begin_at - time.monotonic()) > 0:
+                await asyncio.sleep(wait_s)
+            else:
+                await self._queue.wait_for_job()
             return
         chosen = self._order.next(self._unblocked())
         if chosen is None:
@@ -179,7 +170,7 @@ class Trainer:
         await self._take_turn(self._active[chosen])
 
     async def _start_waiting_jobs(self) -> None:
-        while len(self._active) < self._max_running:
+        while len(self._active) < self._max_running and time.monotonic() >= self._begin_at:
             job = await self._queue.next_job()
             if job is None:
                 return
@@ -224,9 +215,11 @@ class Trainer:
             except Stopped:
                 await self._stop(job)
         except ApplianceUnavailable as error:
-            # The database is at fault and not the job: it is queued again, and goes on from its last checkpoint.
-            log.error("a job waits for the database", job=job.id, why=error.message)
+            # The disk or the database is at fault and not the job: it is queued again, and goes on from its last
+            # checkpoint.
             await self._leave(job.id)
+            self._begin_at = time.monotonic() + PUT_BACK_S
+            await self._tell(job, error)
             await self._written(partial(self._queue.stopped, job.id))
         except HarliError as error:
             await self._leave(job.id)
@@ -246,6 +239,12 @@ class Trainer:
             except ApplianceUnavailable:
                 self.units.set_ready(False)
                 await asyncio.sleep(STORE_RETRY_S)
+
+    async def _tell(self, job: Job, error: ApplianceUnavailable) -> None:
+        """Why a job waits, where that can be written down."""
+        log.error("the disk or the database refuses what a job needs", job=job.id, why=error.message)
+        with contextlib.suppress(ApplianceUnavailable):
+            await self._queue.event(job.id, "warn", error.message)
 
     async def _leave(self, job_id: str) -> None:
         """Let go of everything that an ended job holds; one that never began holds nothing.
@@ -273,6 +272,7 @@ class Trainer:
         active = self._active[job.id]
         self.units.set_ready(False)
         if self._queue.asked(job.id) != "cancel":
+            active.refused = False  # told again: what the disk refuses now is lost
             await self._keep(active)
         await self._leave(job.id)
         if (await self._queue.stopped(job.id)).status == "cancelled":
@@ -281,7 +281,20 @@ class Trainer:
     async def _keep(self, active: ActiveJob) -> None:
         if active.run.has_unkept_steps:
             await self.units.at_home(active.run.checkpoint, active.residence)
-        await self.units.at_home(active.run.write)
+        await self._write(active)
+
+    async def _write(self, active: ActiveJob) -> None:
+        """Keep what was taken down; what the disk refuses is tried again with the next, and the job goes on."""
+        try:
+            await self.units.at_home(active.run.write)
+            active.refused = False
+        except ApplianceUnavailable as error:
+            await self._refuse(active, error)
+
+    async def _refuse(self, active: ActiveJob, error: ApplianceUnavailable) -> None:
+        if not active.refused:
+            active.refused = True
+            await self._tell(active.job, error)
 
     # -- turns -----------------------------------------------------------------------------------------
 
@@ -311,8 +324,8 @@ class Trainer:
                 return
             active.index, active.spent = 0, Spent()
             self.units.set_ready(False)  # what is written down now may take seconds
-            await self.units.at_home(run.write)
             if evaluating:
+                await self._write(active)
                 await self._queue.evaluated(active.job.id, run.validation.standing)
             else:
                 await self._tell_step(active)
@@ -322,7 +335,13 @@ class Trainer:
             self.units.set_ready(False)
             await active.residence.leave()
             self._on_change()
-            await self._finish_job(active.job, run)
+            try:
+                await self.units.at_home(run.write)  # the best adapter may be among what was refused
+                await self._finish_job(active.job, run)
+            except ApplianceUnavailable as error:
+                await self._refuse(active, error)
+                active.block(PUT_BACK_S)
+                return
             await self._leave(active.job.id)
 
     async def _tell_step(self, active: ActiveJob) -> None:

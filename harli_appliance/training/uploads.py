@@ -1,7 +1,8 @@
 """Training files as they lie in the data directory: moved in whole, or not at all.
 
-A file is first brought under a hidden name, then renamed in the same transaction that writes its row, so
-that at any kill there is a row with its file, or a file without a row, which the next start sweeps away.
+A file is first brought under a hidden name; its row is written, and then it is renamed. So at any kill a hidden
+file is one whose upload ended, if there is a row of it, and else one that was not finished. Only these are swept:
+a file that no row knows may be all that is left where a person moved the database away.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from harli_appliance.errors import ApplianceUnavailable
 class UploadFolder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._own: set[str] = set()
+        """Hidden names that this process gave: those files are not left over."""
 
     def path(self, file_id: str) -> Path:
         return self._folder / f"{file_id}.jsonl"
 
-    def bring_in(self, source: Path, file_id: str) -> None:
-        """Move `source` here under a hidden name, its bytes on disk.
+    def bring_in(self, source: Path, file_id: str) -> int:
+        """Move `source` here under a hidden name, its bytes on disk; its size in bytes.
 
         Raises:
             ApplianceUnavailable: there is no room, or the folder cannot be written; nothing is left behind.
         """
         hidden = self._hidden(file_id)
+        self._own.add(hidden.name)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -40,6 +44,7 @@ class UploadFolder:
                 source.unlink()
             hidden.chmod(0o600)
             _sync(hidden)
+            return hidden.stat().st_size
         except OSError as error:
             self.discard(file_id)
             raise ApplianceUnavailable(
@@ -58,12 +63,19 @@ class UploadFolder:
             path.unlink(missing_ok=True)
 
     def sweep(self, known: Collection[str]) -> list[str]:
-        """Remove what an interrupted upload or removal left: everything not `known`. Returns the names."""
-        keep = {self.path(file_id).name for file_id in known}
-        left = sorted(path for path in self._folder.glob("*") if path.name not in keep and path.is_file())
-        for path in left:
+        """Settle the uploads that ended processes left: those of `known` ids get their names, the others go.
+
+        Returns the names of those that are gone.
+        """
+        left = [path for path in sorted(self._folder.glob(".*.incoming")) if path.name not in self._own]
+        names = {self._hidden(file_id).name: self.path(file_id) for file_id in known}
+        gone = [path for path in left if path.name not in names]
+        for path in gone:
             path.unlink()
-        return [path.name for path in left]
+        for path in left:
+            if path.name in names:
+                path.rename(names[path.name])
+        return [path.name for path in gone]
 
     def _hidden(self, file_id: str) -> Path:
         return self._folder / f".{file_id}.incoming"

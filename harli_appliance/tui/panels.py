@@ -211,6 +211,8 @@ class JobsPanel(Vertical):
         what = Text(job.fine_tuned_model or "")
         if job.error:
             what = Text(job.error, style=variables["error"])
+        elif job.waits_for:
+            what = Text(f"waits for {job.waits_for}", style=variables["warning"])
         elif job.suffix and job.status not in ENDED:
             what = Text(job.suffix, style="dim")
         left = "" if job.remaining_s is None else words.duration(job.remaining_s)

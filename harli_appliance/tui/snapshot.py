@@ -113,6 +113,8 @@ def _jobs(status: Status) -> Table:
         loss = "" if job.loss is None else f"{job.loss:.3f}"
         left = "" if job.remaining_s is None else words.duration(job.remaining_s)
         adapter = job.fine_tuned_model or job.suffix or ""
+        if job.waits_for:
+            adapter = f"waits for {job.waits_for}"
         table.add_row(
             words.job_name(job.id), job.status, words.progress(job), left, loss, str(job.priority), adapter
         )
