@@ -39,10 +39,13 @@ class Body(BaseModel):
     def _drop_neutral(cls, data: object) -> object:
         if not isinstance(data, dict):
             return data
-        kept = {}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        kept, unknown = {}, 0
         for name, value in data.items():
             if name not in cls.neutral:
-                kept[name] = value
+                unknown += name not in known
+                if unknown <= 1:  # one is enough to refuse the body, which may hold hundreds of thousands
+                    kept[name] = value
             elif value is not None and not _asks_nothing(value, cls.neutral[name]):
                 raise unsupported(f"'{name}' is not supported; leave it out", name)
         return kept
