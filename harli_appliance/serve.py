@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import contextlib
 import json
 import logging
@@ -152,4 +153,8 @@ def calibration_teller() -> Callable[[float], None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    Stderr().flush()
+    os._exit(code)  # to take torch and SGLang apart would take seconds, which a supervisor may not give
