@@ -57,6 +57,7 @@ NAMES = {
         "BaseLoRABackend.skip_inactive_lora_batches BaseLoRABackend.get_batch_info"
     ),
     "sglang.srt.lora.backend.lora_registry": "register_lora_backend",
+    "sglang.srt.lora.backend.triton_backend": "TritonLoRABackend.skip_inactive_lora_batches",
     "sglang.srt.lora.backend.torch_backend": (
         "TorchNativeLoRABackend.prepare_lora_batch TorchNativeLoRABatchInfo.has_active_lora "
         "TorchNativeLoRABatchInfo.seg_lens_cpu TorchNativeLoRABatchInfo.weight_indices_cpu"
@@ -137,8 +138,10 @@ NAMES = {
     ),
     "sglang.srt.model_executor.runner.decode_cuda_graph_runner": (
         "model_capture_mode get_stream_groups DecodeCudaGraphRunner.capture "
-        "DecodeCudaGraphRunner.maybe_init_pdmux DecodeCudaGraphRunner.enable_pdmux"
+        "DecodeCudaGraphRunner.maybe_init_pdmux DecodeCudaGraphRunner.enable_pdmux "
+        "DecodeCudaGraphRunner.record_nolora_graph"
     ),
+    "sglang.srt.model_executor.runner_utils": "get_capture_lora_variant",
     "sglang.srt.models.registry": "ModelRegistry.is_arch_supported",
     "sglang.srt.model_executor.runner.shape_key": "ShapeKey.stream_idx",
     "sglang.srt.model_executor.runner_backend.full_cuda_graph_backend": (

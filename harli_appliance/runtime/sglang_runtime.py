@@ -128,11 +128,10 @@ class SglangRuntime:
         if options.lora and options.device == "cpu":
             cpu_stand_ins.unpin_lora()
             import harli_appliance.runtime.lora_cpu  # noqa: F401  registers the backend
-        if options.lora and options.device != "cpu" and not options.graphs:
-            # Captured graphs run the adapters' kernels in any case; otherwise a batch without adapters needs none.
-            from sglang.srt.lora.backend.triton_backend import TritonLoRABackend
+        if options.lora and options.device != "cpu":
+            from harli_appliance.runtime.lora_cuda import leave_out_unused
 
-            TritonLoRABackend.skip_inactive_lora_batches = True
+            leave_out_unused()
         if options.device == "cpu":
             # SGLang compiles a function of three lines for the CPU, which takes seconds in the middle of a step.
             torch.compiler.set_stance("force_eager")
