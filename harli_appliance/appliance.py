@@ -22,6 +22,7 @@ import torch
 
 from harli_appliance import __version__
 from harli_appliance.api.ports import ChatCall, FineTuning, Generation, Job
+from harli_appliance.background import Background
 from harli_appliance.completions import Completions
 from harli_appliance.config import Promise, Settings
 from harli_appliance.device.choose import choose_gpu
@@ -140,6 +141,7 @@ class Appliance:
         else:
             self._inference = Lane("inference", partition.inference)
             self._training = Lane("training", partition.training)
+        self._disk = Lane("disk", partition.training if self._cuda is None else None)
         self._monitor = Monitor(GpuGauges if gpu is not None else partial(CpuGauges, partition))
         slo, on_gpu = settings.slo, gpu is not None
         promise = slo.promise(gpu=on_gpu)
@@ -157,6 +159,7 @@ class Appliance:
             Predictor(settings.scheduling.bound_quantile), self._fitting_policy(policy), splits
         )
         self._tasks: list[asyncio.Task[None]] = []
+        self._background = Background()
         self._broken = False
 
     def _fitting_policy(self, wanted: str) -> str:
@@ -275,6 +278,7 @@ class Appliance:
             self._shelf,
             self._scheduler,
             self._training,
+            self._disk,
         )
 
     def _assemble(self) -> None:
@@ -289,6 +293,7 @@ class Appliance:
             max_running=settings.training.max_running_jobs,
             lane=self._training,
             memory_lane=self._inference,
+            disk=self._disk,
             on_change=lambda: self._engine.wake(),
             on_step=lambda loss: self._engine.telemetry.loss(loss),
             on_pace=self._scheduler.predictor.observe_training,
@@ -402,11 +407,13 @@ class Appliance:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.settled()
         if was_ready:
             await self._completions.close()
             await self._shelf.close()
         await asyncio.to_thread(self._monitor.close)
         await asyncio.to_thread(self._training.close)
+        await asyncio.to_thread(self._disk.close)
         if was_ready:
             await self._inference.run(self._runtime.close_graphs)
         await asyncio.to_thread(self._inference.close)
@@ -516,6 +523,9 @@ class Appliance:
         self._require_ready()
         if name == self._name:
             raise UsageError(f"{name!r} is the base model; only finetuned models are deleted", param="model")
+        await self._background.to_the_end(self._delete_model(name))
+
+    async def _delete_model(self, name: str) -> None:
         await self._queue.delete_adapter(name)
         await self._shelf.forget(name)
 

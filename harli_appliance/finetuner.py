@@ -53,6 +53,7 @@ class Finetuner:
         slots: the pool's rows.
         shelf: where finished adapters are served from.
         lane: that training runs on.
+        disk: where adapters are written.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Finetuner:
         shelf: AdapterShelf,
         scheduler: Scheduler,
         lane: Lane,
+        disk: Lane,
     ) -> None:
         self._settings = settings
         self._sizes = sizes
@@ -76,6 +78,7 @@ class Finetuner:
         self._shelf = shelf
         self._scheduler = scheduler
         self._lane = lane
+        self._disk = disk
 
     async def prepare(
         self, runtime: SglangRuntime, folder: Path, cuda: CudaLanes | None, inference: Lane
@@ -146,7 +149,7 @@ class Finetuner:
     async def finish_job(self, job: Job, run: JobRun) -> None:
         """Keep the adapter, serve it where it can be, and only then say that the job has succeeded."""
         folder = self._settings.adapters / job.id
-        await self._lane.run(run.save_adapter, folder)
+        await self._disk.run(run.save_adapter, folder)
         if job.download_only:
             self._shelf.keep_off(adapter_name(job))
         else:
@@ -156,7 +159,13 @@ class Finetuner:
                 log.error("an adapter cannot be served", adapter=adapter_name(job), why=error.message)
                 message = f"The adapter can be downloaded, but not served: {error.message}"
                 await self._queue.event(job.id, "warn", message)
-        await self._queue.succeed(job.id, folder, job.lora_rank)
+        try:
+            await self._queue.succeed(job.id, folder, job.lora_rank)
+        except ApplianceUnavailable:
+            await self._shelf.forget(
+                adapter_name(job)
+            )  # until that is tried again, or nobody wants it any more
+            raise
         await asyncio.to_thread(run.discard_checkpoints)
 
     def exercise(self) -> Exercise:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 from pathlib import Path
 
@@ -105,3 +106,30 @@ def test_checkpoints_of_ended_jobs_are_swept(tmp_path: Path) -> None:
     checkpoints.sweep(tmp_path, {"ftjob-ended", "ftjob-other"})
     assert [path.name for path in tmp_path.iterdir()] == ["ftjob-going-or-unknown"]
     checkpoints.sweep(tmp_path / "nowhere", set())
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_after_damage_the_steps_that_are_made_again_are_kept(tmp_path: Path, keep: int) -> None:
+    home = tmp_path / "job"
+    for step in (190, 200):
+        checkpoints.save(home, Progress(step, 0, None), tensors(1.0), keep)
+    for folder in home.glob("step-*"):
+        (folder / "state.safetensors").write_bytes(b"damaged")
+    assert checkpoints.load_newest(home) is None
+    for step in (10, 20):
+        checkpoints.save(home, Progress(step, 0, None), tensors(1.0), keep)
+        found = checkpoints.load_newest(home)
+        assert found is not None
+        assert found[0].step == step
+
+
+def test_one_that_cannot_be_read_now_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    checkpoints.save(tmp_path / "job", Progress(3, 0, None), tensors(1.0), 2)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ApplianceUnavailable, match="Too many open files"):
+        checkpoints.load_newest(tmp_path / "job")

@@ -233,7 +233,7 @@ async def rig(serving: Serving, lesson: Path, tmp_path: Path) -> Any:
 
         trainer = Trainer(
             queue, pool, start_job=start, finish_job=finish, order=make_order(order), max_running=4,
-            lane=lane, memory_lane=serving.lane, on_change=lambda: engine.wake(),
+            lane=lane, memory_lane=serving.lane, disk=lane, on_change=lambda: engine.wake(),
         )  # fmt: skip
         predictor = Predictor()
         engine = Engine(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -335,3 +337,36 @@ async def test_prompts_are_held_when_the_policy_says_so(rig: Rig, monkeypatch: p
     assert waiting[0].answering == []
     assert 0 < waiting[0].patience_ms <= 500, "half of the promised second"
     assert any(queue is None for queue in queues), "its first token is there"
+
+
+async def test_steps_beside_other_work_than_units_teach_nothing_of_running_beside_units() -> None:
+    learned: list[bool] = []
+
+    class Noting(Predictor):
+        def observe(self, *args: Any, corun: bool, **named: Any) -> None:
+            learned.append(corun)
+
+    class Slow(ScriptedRuntime):
+        def execute(self, plan: StepPlan) -> StepOutcome:
+            time.sleep(0.01)
+            found = super().execute(plan)
+            return StepOutcome(0.01, found.tokens)
+
+    inference, training = Lane("inference"), Lane("training")
+    engine = Engine(
+        Slow(), SlotPool(NoSlots(), watermark=0.0), Scheduler(Noting(), "adaptive"), NoTraining(),  # type: ignore[arg-type]
+        SloTracker(100, 1000), inference, training, max_queued=3,
+    )  # fmt: skip
+    running = asyncio.create_task(engine.run())
+    go_on = threading.Event()
+    training.submit(go_on.wait, 10)  # a file is encoded, say
+    await tokens(engine, ask("r", 3))
+    assert learned == []
+    go_on.set()
+    training.submit(int).result(10)
+    await tokens(engine, ask("s", 3))
+    assert set(learned) == {False}
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    inference.close()
+    training.close()

@@ -45,6 +45,7 @@ def finetuner_of(settings: Any, lane: Lane, queue: Any = None, shelf: Any = None
         shelf=shelf,
         scheduler=SimpleNamespace(),  # type: ignore[arg-type]
         lane=lane,
+        disk=lane,
     )
     finetuner._backbone = SimpleNamespace(twin=lambda: None)  # type: ignore[assignment]
     return finetuner
@@ -122,6 +123,31 @@ async def test_what_was_learned_is_kept_although_it_cannot_be_served(
     ]
     assert shelf.versions == ()
     assert discarded == [True]
+
+
+async def test_what_the_database_did_not_take_is_not_served(settings, queue, spec, lane, monkeypatch):
+    class Runtime:
+        def read_adapter(self, name: str, path: str) -> str:
+            return path
+
+        def load_adapter(self, adapter_id: str, files: str) -> None:
+            return None
+
+        def unload_adapter(self, adapter_id: str, name: str) -> None:
+            return None
+
+    run: Any = SimpleNamespace(save_adapter=lambda folder: None, discard_checkpoints=lambda: None)
+    await queue.create_job(spec)
+    job = await queue.next_job()
+    shelf = AdapterShelf(Runtime(), lane)  # type: ignore[arg-type]
+    finetuner = finetuner_of(settings, lane, queue, shelf)
+    with monkeypatch.context() as full:
+        full.setattr(queue, "succeed", AsyncMock(side_effect=ApplianceUnavailable("the disk is full")))
+        with pytest.raises(ApplianceUnavailable):
+            await finetuner.finish_job(job, run)
+    assert shelf.versions == (), "a person may cancel the job now"
+    await finetuner.finish_job(job, run)
+    assert [version.job for version in shelf.versions] == [job.id]
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,7 @@ class Rig:
             shelf=SimpleNamespace(),  # type: ignore[arg-type]
             scheduler=SimpleNamespace(fuses=False),  # type: ignore[arg-type]
             lane=self.lanes[1],
+            disk=self.lanes[1],
         )
         self.finetuner._backbone = backbone
 

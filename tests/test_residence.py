@@ -124,8 +124,24 @@ async def test_what_goes_wrong_on_the_way_out_is_told_and_no_slot_is_lost() -> N
     (lease,) = rig.pool.revoke(1)
     await asyncio.wait_for(lease.released(), 1)
     assert rig.leased() == 0
+    rig.state.breaks = False
+    for _ in range(2):
+        with pytest.raises(MemoryError):  # it lay in slots that are another's now
+            await rig.residence.settle()
+    with pytest.raises(MemoryError):
+        rig.residence.require()
+
+
+async def test_what_goes_wrong_when_its_holder_parks_it_is_told_again() -> None:
+    rig = Rig()
+    await rig.residence.settle()
+    rig.state.breaks = True
+    with pytest.raises(MemoryError):
+        await rig.residence.leave()
+    rig.state.breaks = False
     with pytest.raises(MemoryError):
         await rig.residence.settle()
+    assert rig.leased() == 0
 
 
 async def test_what_goes_wrong_on_the_way_in_loses_no_slot() -> None:

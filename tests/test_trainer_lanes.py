@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -204,7 +205,7 @@ def trainer_of(
         lane=lane,
         memory_lane=DeviceLane("memory", Device(), ahead=0),
         on_change=lambda: trainer.units.wake(),
-        **more,
+        **{"disk": DeviceLane("disk", Device(), ahead=0), **more},
     )
     return trainer
 
@@ -278,38 +279,36 @@ async def test_serving_gets_back_what_could_be_spared_and_the_work_goes_on() -> 
     assert pool.use().reclaims == 1
 
 
-async def test_a_checkpoint_is_no_unit_and_serving_gets_slots_back_while_it_is_written() -> None:
+async def test_serving_gets_the_state_of_a_job_back_while_its_checkpoint_is_written() -> None:
     device, queue = Device(), Queue()
-    home, serving = DeviceLane("training", device, ahead=1), DeviceLane("inference", device, ahead=1)
+    home, disk, serving = Lane("training"), Lane("disk"), DeviceLane("inference", device, ahead=0)
     pool, run = SlotPool(Slots(), watermark=0.0), fake_run(device)
-    trainer = trainer_of(queue, pool, run, home)
-    run.state.park = lambda: device.happened.append("park")
-    running = home.run
-
-    async def noted(function: Any, *args: Any) -> Any:
-        if function is write:
-            assert not trainer.units.ready, "nobody waits for it"
-            pool.settle()
-            for state in pool.revoke(1):
-                await state.released()
-        return await running(function, *args)
+    trainer = trainer_of(queue, pool, run, home, disk=disk)  # type: ignore[arg-type]
+    writing, go_on = threading.Event(), threading.Event()
 
     def end_round() -> None:
         run.step, run.checkpoint_due, run.has_unkept_steps = 1, True, True
-        device.happened.append("step")
 
     def checkpoint() -> None:
-        device.happened.append("checkpoint")
         run.has_unkept_steps, run.checkpoint_due, run.done = False, False, True
 
     def write() -> None:
-        device.happened.append("write")
+        writing.set()
+        assert go_on.wait(10)
 
-    home.run = noted  # type: ignore[method-assign]
     run.end_round, run.checkpoint, run.write = end_round, checkpoint, write
-    await train(trainer, queue, lane=serving)
-    assert device.happened[-5:] == ["step", "checkpoint", "park", "write", "write"]
-    assert trainer.units.times["step"].count == 1
+    training = asyncio.create_task(train(trainer, queue, lane=serving))
+    assert await asyncio.to_thread(writing.wait, 10)
+    assert not trainer.units.ready, "nobody waits for it"
+    pool.settle()
+    (state,) = pool.revoke(1)
+    async with asyncio.timeout(5):
+        await state.released()
+    go_on.set()
+    await training
+    assert trainer.units.times["step"].count == 1, "a checkpoint is no unit"
+    home.close()
+    disk.close()
 
 
 async def test_a_state_is_parked_when_the_lane_that_it_was_used_on_is_done() -> None:

@@ -50,6 +50,13 @@ def test_the_best_standing_is_kept_and_staleness_counted() -> None:
     assert (standing.best_step, standing.best_loss, standing.stale, standing.step) == (4, 2.0, 2, 8)
 
 
+def test_a_loss_that_is_no_number_is_beaten_by_any_that_is() -> None:
+    standing = Standing()
+    for step, loss in ((10, float("nan")), (20, 1.5), (30, 1.0)):
+        standing = standing.after(step, loss)
+    assert (standing.best_step, standing.best_loss, standing.stale) == (30, 1.0, 0)
+
+
 def test_evaluations_come_at_their_interval_and_at_the_end(bench: Bench, held_out: Path) -> None:
     run = bench.run("evaluated", held_out=held_out, eval_steps=4)
     assert [step for step, _ in to_the_end(bench, run)] == [4, 6]

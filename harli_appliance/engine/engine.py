@@ -293,7 +293,7 @@ class Engine:
     def _observe(self, step: Step, decision: Decision, took_ms: float, overlap: float) -> None:
         if decision.mode == "fused":
             self._scheduler.observe(step, took_ms, corun=False, fused_tokens=decision.fused_tokens)
-        elif overlap >= CORUN_SHARE:
+        elif overlap >= CORUN_SHARE and decision.units:  # else a file is encoded there, or the like
             self._scheduler.observe(step, took_ms, corun=True, split=decision.split)
         elif overlap <= 1.0 - CORUN_SHARE:
             self._scheduler.observe(step, took_ms, corun=False, split=decision.split)

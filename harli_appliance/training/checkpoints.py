@@ -67,7 +67,8 @@ def write_atomically(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def save(home: Path, progress: Progress, tensors: Mapping[str, Tensor], keep: int) -> Path:
-    """Write a checkpoint of `tensors` and drop all but the newest `keep`.
+    """Write a checkpoint of `tensors` and drop all but the newest `keep`. Those of later steps go too: a job that
+    makes these steps again found them damaged.
 
     Raises:
         ApplianceUnavailable: see `write_atomically`.
@@ -81,18 +82,27 @@ def save(home: Path, progress: Progress, tensors: Mapping[str, Tensor], keep: in
 
     folder = _folder(home, progress.step)
     write_atomically(folder, fill)
-    for old in _folders(home)[keep:]:
+    later = [other for other in _folders(home) if _number(other) > _number(folder)]
+    for old in [*later, *_folders(home)[len(later) + keep :]]:
         discard(old)
     return folder
 
 
 def load_newest(home: Path) -> tuple[Progress, dict[str, Tensor]] | None:
-    """The newest checkpoint that is whole, None when there is none; damaged ones are passed over."""
+    """The newest checkpoint that is whole, None when there is none; damaged ones are passed over.
+
+    Raises:
+        ApplianceUnavailable: the disk does not let one be read.
+    """
     return next(filter(None, map(_load, _folders(home))), None)
 
 
 def load_step(home: Path, step: int) -> dict[str, Tensor] | None:
-    """The tensors of the checkpoint of `step`; None when there is none or it is damaged."""
+    """The tensors of the checkpoint of `step`; None when there is none or it is damaged.
+
+    Raises:
+        ApplianceUnavailable: the disk does not let it be read.
+    """
     found = _load(_folder(home, step))
     return None if found is None else found[1]
 
@@ -107,7 +117,15 @@ def _load(folder: Path) -> tuple[Progress, dict[str, Tensor]] | None:
             raise ValueError("its tensors do not match the manifest")
         standing = Standing(**manifest.pop("standing"))
         return Progress(**manifest, standing=standing), load_file(folder / _TENSORS)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):  # it may be whole
+            raise ApplianceUnavailable(
+                f"{folder} cannot be read: {error.strerror or error}; check its disk",
+                code="storage_unavailable",
+            ) from error
+        log.warning("checkpoint is damaged; trying the one before", folder=str(folder), why=str(error))
+        return None
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         log.warning("checkpoint is damaged; trying the one before", folder=str(folder), why=str(error))
         return None
 
@@ -134,7 +152,12 @@ def _folder(home: Path, step: int) -> Path:
 
 def _folders(home: Path) -> list[Path]:
     """Newest first, by number: from step 1,000,000 on names are longer."""
-    return sorted(home.glob("step-*"), key=lambda folder: (len(folder.name), folder.name), reverse=True)
+    return sorted(home.glob("step-*"), key=_number, reverse=True)
+
+
+def _number(folder: Path) -> tuple[int, str]:
+    """Orders by the step's number."""
+    return len(folder.name), folder.name
 
 
 def _sealed(manifest: bytes) -> bytes:

@@ -403,15 +403,20 @@ class JobQueue(FileLibrary, FineTuning):
         Raises:
             NotFound: there is none of this name.
         """
-        found = await self._database.run(lambda db: adapter_rows.delete_adapter(db, name))
-        if found is None:
-            raise NotFound(
-                f"no job has made a model '{name}'; 'harli models' lists those that are served",
-                code="model_not_found",
-                param="model",
-            )
+
+        def delete(db: Connection) -> Adapter:
+            found = adapter_rows.delete_adapter(db, name)
+            if found is None:
+                raise NotFound(
+                    f"no job has made a model '{name}'; 'harli models' lists those that are served",
+                    code="model_not_found",
+                    param="model",
+                )
+            job_rows.add_event(db, found.job_id, "info", f"{name} was deleted")
+            return found
+
+        found = await self._database.run(delete)
         await asyncio.to_thread(shutil.rmtree, self._settings.home / found.path, ignore_errors=True)
-        await self.event(found.job_id, "info", f"{name} was deleted")
 
     async def adapter_folder(self, job_id: str) -> Path:
         """Where the adapter of a job lies.

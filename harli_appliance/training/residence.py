@@ -75,6 +75,15 @@ class Residence:
         self._on_copy = on_copy
         self._lease: Lease | None = None
         self._leaving: asyncio.Task[None] | None = None
+        self._lost: Exception | None = None
+
+    def require(self) -> None:
+        """
+        Raises:
+            Exception: what went wrong when the state was parked, as which it is lost.
+        """
+        if self._lost is not None:
+            raise self._lost
 
     @property
     def settled(self) -> bool:
@@ -88,7 +97,8 @@ class Residence:
             Exception: what went wrong when the state was parked earlier; it is lost.
         """
         if self._leaving is not None:
-            await self._leaving
+            await asyncio.wait([self._leaving])
+        self.require()
         async with self.in_use:
             if self._lease is None:
                 grant = partial(
@@ -114,6 +124,9 @@ class Residence:
                 return
             try:
                 await self._copy(self._state.park)
+            except Exception as error:
+                self._lost = error  # it lies in slots that become another's
+                raise
             finally:
                 self._let_go()
 
@@ -136,4 +149,5 @@ class Residence:
 
     def _must_leave(self) -> None:
         self._leaving = asyncio.create_task(self.leave())
+        self._leaving.add_done_callback(lambda task: task.cancelled() or task.exception())  # `require` tells
         self._on_leave()

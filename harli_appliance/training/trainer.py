@@ -37,8 +37,9 @@ log = structlog.get_logger(__name__)
 
 STORE_RETRY_S = 1.0
 """How long to wait before jobs are written down again, after the database could not be."""
-PUT_BACK_S = 10.0
-"""How long until a job begins, or ends, again after the disk or the database kept one from it."""
+PUT_BACK_S, MOST_PUT_BACK_S = 10.0, 640.0
+"""How long until a job begins, or ends, again after the disk or the database kept one from it: at first, and after
+many times in a row."""
 LEASE_RETRY_S = 0.02
 """How long a job waits before it asks again for slots that serving may need now; others may run meanwhile."""
 
@@ -66,6 +67,7 @@ class Trainer:
         start_job: builds the run of a job (adapter, data, held-out data, optimizer).
         finish_job: takes over the finished adapter (serving it, recording it) and ends the job.
         memory_lane: the inference lane, on which the pool may be asked for slots.
+        disk: where checkpoints are written: units and states that move do not wait for it.
         on_change: called when training begins or ceases to have work, so that an idle engine looks again.
         on_step: called with the loss of every optimizer step.
         on_pace: called with tokens, the seconds that they took on the lane, and the split that training ran on.
@@ -85,6 +87,7 @@ class Trainer:
         max_running: int,
         lane: UnitLane,
         memory_lane: UnitLane,
+        disk: UnitLane,
         on_change: Callable[[], None],
         on_step: Callable[[float], None] = lambda _: None,
         on_pace: Told = lambda tokens, seconds, place: None,
@@ -98,6 +101,7 @@ class Trainer:
         self._max_running = max_running
         self._home = lane
         self._memory_lane = memory_lane
+        self._disk = disk
         self._on_change = on_change
         self._on_step = on_step
         self._pace = Pace(on_pace)
@@ -110,7 +114,7 @@ class Trainer:
         self._active: dict[str, ActiveJob] = {}
         self._current: ActiveJob | None = None
         self._turn_ms = 0.0
-        self._begin_at = 0.0
+        self._begin_at, self._put_back_s = 0.0, PUT_BACK_S
         self._shares = RecentShares()
 
     # -- what others see ---------------------------------------------------------------------------------
@@ -144,6 +148,7 @@ class Trainer:
                     await asyncio.sleep(STORE_RETRY_S)
         finally:
             await self.units.end()
+            await self._disk.run(lambda: None)  # what is being written there is over
             for active in list(self._active.values()):
                 try:
                     await self._keep(active)
@@ -194,6 +199,7 @@ class Trainer:
         self._active[job.id] = ActiveJob(job, run, residence)
         self._order.join(job.id, job.priority)
         now = await self._queue.begun(job.id, run.step, run.total_steps)
+        self._put_back_s = PUT_BACK_S
         self._order.reweigh(job.id, now.priority)  # it may have been changed meanwhile
 
     async def _stop_asked_jobs(self) -> None:
@@ -218,7 +224,8 @@ class Trainer:
             # The disk or the database is at fault and not the job: it is queued again, and goes on from its last
             # checkpoint.
             await self._leave(job.id)
-            self._begin_at = time.monotonic() + PUT_BACK_S
+            self._begin_at = time.monotonic() + self._put_back_s
+            self._put_back_s = min(2 * self._put_back_s, MOST_PUT_BACK_S)
             await self._tell(job, error)
             await self._written(partial(self._queue.stopped, job.id))
         except HarliError as error:
@@ -279,6 +286,7 @@ class Trainer:
             await asyncio.to_thread(active.run.discard_checkpoints)
 
     async def _keep(self, active: ActiveJob) -> None:
+        active.residence.require()
         if active.run.has_unkept_steps:
             await self.units.at_home(active.run.checkpoint, active.residence)
         await self._write(active)
@@ -286,7 +294,7 @@ class Trainer:
     async def _write(self, active: ActiveJob) -> None:
         """Keep what was taken down; what the disk refuses is tried again with the next, and the job goes on."""
         try:
-            await self.units.at_home(active.run.write)
+            await self._disk.run(active.run.write)
             active.refused = False
         except ApplianceUnavailable as error:
             await self._refuse(active, error)
@@ -336,7 +344,7 @@ class Trainer:
             await active.residence.leave()
             self._on_change()
             try:
-                await self.units.at_home(run.write)  # the best adapter may be among what was refused
+                await self._disk.run(run.write)  # the best adapter may be among what was refused
                 await self._finish_job(active.job, run)
             except ApplianceUnavailable as error:
                 await self._refuse(active, error)
@@ -421,8 +429,9 @@ class Trainer:
         active.unfinished = begun
 
     async def _end_round(self, active: ActiveJob) -> bool:
-        """The optimizer's step or an evaluation's verdict; False when there is no room for the adapter's state."""
-        while await self._settled(active):
+        """The optimizer's step or an evaluation's verdict; False when there is no room for the adapter's state, or
+        the turn must end."""
+        while not self._another_stops() and await self._settled(active):
             self.units.offer(1)
             self.units.set_ready(True)
             if await self._permitted(active, lambda: active.residence.settled):
@@ -469,18 +478,26 @@ class Trainer:
         """Move the state of a job that waits for its turn to the host; False when none is in the pool."""
         for other in self._active.values():
             if other is not active and other.residence.settled:
-                await other.residence.leave()
+                await self._on_its_own(other.job, other.residence.leave())
                 return True
         return False
 
     # -- units -----------------------------------------------------------------------------------------
 
+    def _another_stops(self) -> bool:
+        """Whether a job that is not at its turn was asked to stop, which takes as long as disk and database do:
+        nobody holds a micro-batch's slots meanwhile."""
+        others = (job for job, active in self._active.items() if active is not self._current)
+        return any(self._queue.asked(job) is not None for job in others)
+
     async def _permitted(self, active: ActiveJob, held: Callable[[], bool]) -> bool:
-        """Wait until a unit may start; False when what it needs in the pool is no longer `held`."""
+        """Wait until a unit may start; False when what it needs in the pool is no longer `held`, or the turn must
+        end."""
         while True:
-            await self._stop_asked_jobs()
             if self._queue.asked(active.job.id) is not None:
                 raise Stopped
+            if self._another_stops():
+                return False
             if self._spared.wanted:
                 await self.units.drain()
                 self._spared.give_back()

@@ -137,6 +137,7 @@ class UnitRunner:
     async def run(self, unit: WorkUnit, state: Residence) -> Ran:
         """Run an allowed unit of the job whose `state` that is."""
         self._allowance -= 1
+        self._fusible_tokens = 0  # until the next one is offered
         fused = self.window is not None
         await self._move_to(self._lane)
         started, place = time.perf_counter(), self._place

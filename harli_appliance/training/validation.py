@@ -5,6 +5,7 @@ Knows packed sequences and numbers; does not know units or files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,8 @@ class Standing:
 
     def after(self, step: int, loss: float) -> Standing:
         """The standing once step `step` has been found to have `loss`; one that is NaN is no improvement."""
-        if self.best_loss is None or loss < self.best_loss:
+        best = math.inf if self.best_loss is None or math.isnan(self.best_loss) else self.best_loss
+        if loss < best or self.best_loss is None:
             return Standing(step, loss, step, loss)
         return Standing(step, loss, self.best_step, self.best_loss, self.stale + 1)
 
