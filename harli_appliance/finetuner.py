@@ -162,9 +162,8 @@ class Finetuner:
         try:
             await self._queue.succeed(job.id, folder, job.lora_rank)
         except ApplianceUnavailable:
-            await self._shelf.forget(
-                adapter_name(job)
-            )  # until that is tried again, or nobody wants it any more
+            # Until that is tried again, or a person cancels the job.
+            await self._shelf.forget(adapter_name(job))
             raise
         await asyncio.to_thread(run.discard_checkpoints)
 
