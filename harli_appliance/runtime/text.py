@@ -70,10 +70,8 @@ class TextCodec:
         """A lower bound of a text's tokens, in a hundredth of the time of encoding it."""
         least = len(text) // self._longest_token
         normalizer = self._tokenizer.backend_tokenizer.normalizer
-        if least > enough and normalizer is not None:
-            least = (
-                len(normalizer.normalize_str(text)) // self._longest_token
-            )  # composed accents, say, are fewer
+        if least > enough and normalizer is not None:  # composed accents, say, are fewer characters
+            least = len(normalizer.normalize_str(text)) // self._longest_token
         return least
 
     @cached_property

@@ -204,11 +204,14 @@ class Trainer:
 
     async def _stop_asked_jobs(self) -> None:
         """Pause or cancel what someone asked for, but not the job in the middle of its turn."""
-        for active in list(self._active.values()):
-            if active is not self._current and self._queue.asked(active.job.id) is not None:
-                ready = self.units.ready
-                await self._on_its_own(active.job, self._stop(active.job))
-                self.units.set_ready(ready)
+        for active in self._others_asked_to_stop():
+            ready = self.units.ready
+            await self._on_its_own(active.job, self._stop(active.job))
+            self.units.set_ready(ready)
+
+    def _others_asked_to_stop(self) -> list[ActiveJob]:
+        others = (active for active in self._active.values() if active is not self._current)
+        return [active for active in others if self._queue.asked(active.job.id) is not None]
 
     def _unblocked(self) -> list[str]:
         return [job_id for job_id, active in self._active.items() if not active.blocked]
@@ -431,7 +434,7 @@ class Trainer:
     async def _end_round(self, active: ActiveJob) -> bool:
         """The optimizer's step or an evaluation's verdict; False when there is no room for the adapter's state, or
         the turn must end."""
-        while not self._another_stops() and await self._settled(active):
+        while not self._others_asked_to_stop() and await self._settled(active):
             self.units.offer(1)
             self.units.set_ready(True)
             if await self._permitted(active, lambda: active.residence.settled):
@@ -484,19 +487,15 @@ class Trainer:
 
     # -- units -----------------------------------------------------------------------------------------
 
-    def _another_stops(self) -> bool:
-        """Whether a job that is not at its turn was asked to stop, which takes as long as disk and database do:
-        nobody holds a micro-batch's slots meanwhile."""
-        others = (job for job, active in self._active.items() if active is not self._current)
-        return any(self._queue.asked(job) is not None for job in others)
-
     async def _permitted(self, active: ActiveJob, held: Callable[[], bool]) -> bool:
         """Wait until a unit may start; False when what it needs in the pool is no longer `held`, or the turn must
         end."""
         while True:
             if self._queue.asked(active.job.id) is not None:
                 raise Stopped
-            if self._another_stops():
+            if (
+                self._others_asked_to_stop()
+            ):  # takes as long as disk and database do: nobody holds slots meanwhile
                 return False
             if self._spared.wanted:
                 await self.units.drain()

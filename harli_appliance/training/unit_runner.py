@@ -7,7 +7,6 @@ lanes; does not know jobs, nor what the engine decides by.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
 from collections import defaultdict
@@ -148,14 +147,10 @@ class UnitRunner:
             self.times[unit.kind].add(took_ms * (place.training if place is not None else 1.0))
         return Ran(took_ms, place, fused)
 
-    async def at_home(self, work: Callable[[], T], state: Residence | None = None) -> T:
-        """What is no unit: on the training lane, never on the event loop's stream.
-
-        Args:
-            state: that must not move meanwhile.
-        """
+    async def at_home(self, work: Callable[[], T], state: Residence) -> T:
+        """What is no unit: on the training lane, never on the event loop's stream. `state` stays where it is."""
         await self._move_to(self._home)
-        async with state.in_use if state is not None else contextlib.nullcontext():
+        async with state.in_use:
             done: T = await self._home.run(work)
         return done
 
